@@ -1,0 +1,52 @@
+"""One exception root. A KatherineError's message is meant for the person at the screen: it says what was
+found, where, and what to do. Anything not under this root is a bug, and only its log reference is shown."""
+
+from collections.abc import Sequence
+
+
+class KatherineError(Exception):
+    """Root of every error that a person can act on."""
+
+
+class DataError(KatherineError, ValueError):
+    """Input files, lines or datasets that cannot be used."""
+
+
+class TemplateError(KatherineError, ValueError):
+    """A chat template that cannot be rendered the same way in training and in chat."""
+
+
+class RecipeError(KatherineError, ValueError):
+    """A recipe that cannot work. `reasons` holds every reason at once, one sentence each."""
+
+    def __init__(self, reasons: Sequence[str]):
+        self.reasons = list(reasons)
+        super().__init__("\n".join(self.reasons))
+
+
+class NotFound(KatherineError, LookupError):
+    """A dataset, run, base or file that was named but is not there."""
+
+
+class Busy(KatherineError, RuntimeError):
+    """Something is held by somebody else; the message names the holder."""
+
+
+class SetupError(KatherineError, RuntimeError):
+    """This machine lacks something the step needs."""
+
+
+class DiskError(KatherineError, OSError):
+    """Not enough room, or a file that cannot be written."""
+
+
+class TrainingError(KatherineError, RuntimeError):
+    """Training cannot go on: not a bug in the code, and the message says what to change."""
+
+
+class ExportError(KatherineError, RuntimeError):
+    """A merge, conversion or quantisation that failed."""
+
+
+class EngineError(KatherineError, RuntimeError):
+    """A model process that did not load, crashed, or answered out of protocol."""

@@ -1,0 +1,206 @@
+"""The run folder: what a run was asked, where it is, what it measured. Files are the truth, and each has one
+writer: run.json is written once at birth, status.json by the supervisor (atomically), metrics.jsonl by the
+worker (append only). Starting and ending runs is the business of `jobs`."""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from katherine.errors import DataError, NotFound
+from katherine.settings import PROJECT, Home
+
+PACKAGES = (
+    "torch", "transformers", "trl", "peft", "datasets", "unsloth", "bitsandbytes", "llama-cpp-python", "gguf",
+)  # fmt: skip
+
+
+class State(StrEnum):
+    queued = "queued"
+    running = "running"
+    stopping = "stopping"
+    succeeded = "succeeded"
+    failed = "failed"
+    cancelled = "cancelled"
+    interrupted = "interrupted"
+
+
+ENDED = frozenset({State.succeeded, State.failed, State.cancelled, State.interrupted})
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """Frozen at birth.
+
+    kind: "sft", "dpo", "export" or "probe". parent: the run whose output this one builds on, or None.
+    dataset: a dataset's id. inputs: sha256 or fingerprint by name, so that a changed input is noticed.
+    """
+
+    id: str
+    kind: str
+    created: str
+    who: str
+    parent: str | None
+    dataset: str | None
+    inputs: dict[str, str]
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """Times are ISO 8601 UTC. pid and pid_started (clock ticks since boot) name the supervisor's worker exactly,
+    so that a reused pid is never taken for it."""
+
+    state: State
+    phase: str = ""
+    step: int = 0
+    of: int = 0
+    attempt: int = 0
+    pid: int | None = None
+    pid_started: int | None = None
+    heartbeat: str | None = None
+    started: str | None = None
+    ended: str | None = None
+    exit_code: int | None = None
+    reason: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    path: Path
+    record: RunRecord = field(compare=False)
+
+    @property
+    def id(self) -> str:
+        return self.record.id
+
+    @property
+    def out(self) -> Path:
+        return self.path / "out"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    def status(self) -> Status:
+        raw = json.loads((self.path / "status.json").read_text())
+        known = {f.name for f in fields(Status)}
+        return Status(**{k: v for k, v in raw.items() if k in known} | {"state": State(raw["state"])})
+
+    def set_status(self, **changes: Any) -> Status:
+        status = replace(self.status(), **changes)
+        write_json(self.path / "status.json", asdict(status))
+        return status
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Every logged row. A torn line (the machine died while writing) is skipped; a zero is a value."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    yield row
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old or the new, never half; it survives a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with temporary.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=2, ensure_ascii=False)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def revision() -> str | None:
+    """The project's git revision, with + where the tree has changes; None outside a checkout."""
+    git = ["git", "-C", str(PROJECT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        if head.returncode:
+            return None
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def create(
+    home: Home,
+    kind: str,
+    *,
+    recipe: dict[str, Any],
+    who: str,
+    parent: str | None = None,
+    dataset: str | None = None,
+    inputs: dict[str, str] | None = None,
+) -> Run:
+    """A new run folder in state queued. The folder appears whole: it is filled beside its place and renamed."""
+    created = now()
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    run_id = f"{stamp}-{kind}-{secrets.token_hex(3)}"
+    record = RunRecord(run_id, kind, created, who, parent, dataset, inputs or {}, recipe, versions(), revision())
+    home.runs.mkdir(parents=True, exist_ok=True)
+    draft = home.runs / f".{run_id}"
+    (draft / "out").mkdir(parents=True)
+    write_json(draft / "run.json", asdict(record))
+    write_json(draft / "status.json", asdict(Status(State.queued)))
+    draft.rename(home.runs / run_id)
+    return Run(home.runs / run_id, record)
+
+
+def load(home: Home, run_id: str) -> Run:
+    """Raises NotFound for an id that is not a run's, DataError for a folder whose run.json cannot be read."""
+    path = home.runs / run_id
+    if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z-]*", run_id) or not (path / "run.json").is_file():
+        raise NotFound(f"There is no run {run_id!r} in {home.runs}. `python app.py runs` lists them.")
+    try:
+        raw = json.loads((path / "run.json").read_text())
+        known = {f.name for f in fields(RunRecord)}
+        return Run(path, RunRecord(**{k: v for k, v in raw.items() if k in known}))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path / 'run.json'} is damaged ({error}). Restore it or remove the folder.") from error
+
+
+def everyone(home: Home) -> list[Run]:
+    """All runs, oldest first. Folders that cannot be read are left out."""
+    if not home.runs.is_dir():
+        return []
+    found = []
+    for path in sorted(home.runs.iterdir()):
+        if not path.name.startswith("."):
+            try:
+                found.append(load(home, path.name))
+            except (NotFound, DataError):
+                continue
+    return sorted(found, key=lambda run: (run.record.created, run.id))
