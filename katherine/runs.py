@@ -58,8 +58,12 @@ class RunRecord:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Times are ISO 8601 UTC. pid and pid_started (clock ticks since boot) name the supervisor's worker exactly,
-    so that a reused pid is never taken for it."""
+    """Times are ISO 8601 UTC. attempt counts how often the run was begun: 0 before its first start.
+
+    pid is the worker's and supervisor its parent's, both None unless the run is under way; each with the clock ticks
+    since boot at which it started, so that a reused pid is never taken for it. machine tells one boot of one machine
+    or container from another, since pids mean nothing elsewhere.
+    """
 
     state: State
     phase: str = ""
@@ -68,6 +72,9 @@ class Status:
     attempt: int = 0
     pid: int | None = None
     pid_started: int | None = None
+    supervisor: int | None = None
+    supervisor_started: int | None = None
+    machine: str | None = None
     heartbeat: str | None = None
     started: str | None = None
     ended: str | None = None
@@ -94,9 +101,14 @@ class Run:
         return self.path / "log.txt"
 
     def status(self) -> Status:
-        raw = json.loads((self.path / "status.json").read_text())
-        known = {f.name for f in fields(Status)}
-        return Status(**{k: v for k, v in raw.items() if k in known} | {"state": State(raw["state"])})
+        """Raises DataError where status.json is missing or damaged."""
+        path = self.path / "status.json"
+        try:
+            raw = json.loads(path.read_bytes())
+            known = {f.name for f in fields(Status)}
+            return Status(**{k: v for k, v in raw.items() if k in known} | {"state": State(raw["state"])})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"{path} is damaged ({error}). Restore it or remove the run's folder.") from error
 
     def set_status(self, **changes: Any) -> Status:
         status = replace(self.status(), **changes)
@@ -121,11 +133,17 @@ class Run:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old or the new, never half; it survives a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with temporary.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=2, ensure_ascii=False)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
+    try:
+        # A lone surrogate (a file name that is not UTF-8) becomes its \\u escape, which is what JSON calls it.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as out:
+            json.dump(value, out, indent=2, ensure_ascii=False)
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(path)
+    except BaseException:
+        # On a full disk the half that was written would take room that the next attempt needs.
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def now() -> str:
@@ -185,10 +203,10 @@ def load(home: Home, run_id: str) -> Run:
     if not re.fullmatch(r"[0-9A-Za-z][0-9A-Za-z-]*", run_id) or not (path / "run.json").is_file():
         raise NotFound(f"There is no run {run_id!r} in {home.runs}. `python app.py runs` lists them.")
     try:
-        raw = json.loads((path / "run.json").read_text())
+        raw = json.loads((path / "run.json").read_bytes())
         known = {f.name for f in fields(RunRecord)}
         return Run(path, RunRecord(**{k: v for k, v in raw.items() if k in known}))
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path / 'run.json'} is damaged ({error}). Restore it or remove the folder.") from error
 
 
@@ -204,3 +222,20 @@ def everyone(home: Home) -> list[Run]:
             except (NotFound, DataError):
                 continue
     return sorted(found, key=lambda run: (run.record.created, run.id))
+
+
+def result(run: Run) -> dict[str, Any]:
+    """What the run's stage returned. Raises NotFound before it succeeded."""
+    path = run.path / "result.json"
+    if not path.is_file():
+        raise NotFound(f"Run {run.id} has no result: it is {run.status().state}.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def seconds(run: Run) -> float:
+    """From the last attempt's start to its end, or to now; 0 before it started."""
+    status = run.status()
+    if not status.started:
+        return 0.0
+    end = datetime.fromisoformat(status.ended) if status.ended else datetime.now(UTC)
+    return (end - datetime.fromisoformat(status.started)).total_seconds()

@@ -1,0 +1,328 @@
+"""What is asked of runs: start, stop, resume, wait. The queue is the run folders themselves; every change of a run
+that no supervisor is carrying out happens here, under one mutex. Carrying runs out is the supervisor's."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jobs import slot
+from katherine import runs
+from katherine.errors import KatherineError, NotFound
+from katherine.runs import ENDED, Run, State, Status
+from katherine.settings import PROJECT, Home, child_environment
+
+# The module whose KINDS say what each kind of run does. It is code's to choose: a run.json names only a kind.
+WORKER = "jobs.worker"
+# Every process of a run carries this variable, with the run's folder as its value: so those that outlive the worker
+# are found, and no others.
+MARK = "KATHERINE_RUN"
+# On another machine only the heartbeat tells; the supervisor writes one every 5 s, and twelve missed are no hiccup
+# of a network volume.
+SILENCE = 60.0
+
+
+def submit(
+    home: Home,
+    kind: str,
+    *,
+    recipe: dict[str, Any],
+    who: str,
+    parent: str | None = None,
+    dataset: str | None = None,
+    inputs: dict[str, str] | None = None,
+    start: bool = True,
+) -> Run:
+    """Queue a run, and unless `start` is false see that a supervisor drains the queue. While an equal request (kind,
+    parent, dataset, recipe) is unfinished, its run is returned instead: a double click starts once.
+
+    The recipe is frozen with its defaults filled in, so that the run does not change with them, and the dataset's
+    fingerprint with it, so that a changed dataset is noticed. Raises RecipeError, or NotFound for the kind, the
+    parent or the dataset.
+    """
+    recipe = complete(kind, recipe)
+    inputs = dict(inputs or {})
+    if dataset is not None:
+        if not (home.datasets / dataset).is_dir():
+            raise NotFound(f"There is no dataset {dataset!r} in {home.datasets}. `python app.py prepare` makes one.")
+        if found := fingerprint(home.datasets / dataset):
+            inputs["dataset"] = found
+    if parent is not None:
+        runs.load(home, parent)
+    with slot.mutex(home):
+        _mark_interrupted(home)
+        for run, _ in unfinished(home):
+            record = run.record
+            if (record.kind, record.parent, record.dataset, record.recipe) == (kind, parent, dataset, recipe):
+                break
+        else:
+            run = runs.create(home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs)
+        if start:
+            _wake(home)
+    return run
+
+
+def complete(kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's values as JSON keeps them, with its defaults filled in. Raises NotFound for an unknown kind, and
+    RecipeError for values that cannot work."""
+    kinds = worker_module(WORKER).KINDS
+    if kind not in kinds:
+        raise NotFound(f"There is no kind of run {kind!r}; the kinds are {', '.join(kinds)}.")
+    return json.loads(json.dumps(kinds[kind].complete(recipe)))
+
+
+def fingerprint(dataset: Path) -> str | None:
+    """The fingerprint of a dataset folder's content, as its report says; None without a readable report."""
+    try:
+        return json.loads((dataset / "report.json").read_bytes()).get("fingerprint")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def stop(home: Home, run_id: str, kill: bool = False) -> Status:
+    """Ask a run to stop, and return its status as it is then. A queued run is cancelled at once, with those queued
+    behind it. One under way keeps its work at the next step's end and then stops; with `kill` its processes are
+    ended within seconds, and what its last checkpoint lacks is lost. An ended run is left alone."""
+    run = runs.load(home, run_id)
+    with slot.mutex(home):
+        _mark_interrupted(home)
+        status = run.status()
+        if status.state is State.queued:
+            status = _cancel(run, f"Stopped by you before it {'went on' if status.attempt else 'began'}.")
+            _settle(home)
+        elif status.state not in ENDED:
+            request = control(run)
+            if kill or not request.exists():
+                # The worker looks only whether the file is there, the supervisor also at what it says.
+                draft = request.with_name(".stop")
+                draft.write_text("kill" if kill else "keep")
+                draft.replace(request)
+    return status
+
+
+def resume(home: Home, run_id: str) -> Run:
+    """Queue an ended run again, in its own folder: it goes on from its newest sound checkpoint. One that is queued or
+    under way is returned as it is. Raises KatherineError for a run that succeeded, or whose parent did not."""
+    run = runs.load(home, run_id)
+    with slot.mutex(home):
+        _mark_interrupted(home)
+        status = run.status()
+        if status.state is State.succeeded:
+            raise KatherineError(f"Run {run.id} has succeeded: there is nothing to resume. Start a new run instead.")
+        if status.state in ENDED:
+            parent = _parent_state(home, run)
+            if parent in (State.failed, State.cancelled):
+                raise KatherineError(
+                    f"Run {run.id} builds on run {run.record.parent}, which was {parent}. Resume that one first."
+                )
+            control(run).unlink(missing_ok=True)
+            run.set_status(state=State.queued, phase="", reason="", remedy="", ended=None, exit_code=None)
+        _wake(home)
+    return run
+
+
+def reconcile(home: Home) -> list[Run]:
+    """Make what the files say true again: a run whose supervisor is gone becomes interrupted, and the queue is
+    drained on. Call it at start and every few seconds; it is cheap. Returns the runs it marked interrupted."""
+    with slot.mutex(home):
+        found = _mark_interrupted(home)
+        _wake(home)
+    return found
+
+
+def wait(home: Home, run_id: str, timeout: float | None = None) -> Status:
+    """The run's status once it has ended, or cannot begin because its parent was interrupted, or after `timeout`
+    seconds, whichever comes first. Reconciles meanwhile."""
+    run = runs.load(home, run_id)
+    begun = reconciled = time.monotonic()
+    while True:
+        status = run.status()
+        moment = time.monotonic()
+        if status.state in ENDED or (timeout is not None and moment - begun >= timeout):
+            return status
+        if status.state is State.queued and _blocked(home, run):
+            return status
+        # A second: the wait for a dead supervisor, against a reading of every run's status.
+        if moment - reconciled >= 1:
+            reconcile(home)
+            reconciled = moment
+        time.sleep(0.05)
+
+
+def wake(home: Home) -> None:
+    """See that a supervisor is running if there is work for one."""
+    with slot.mutex(home):
+        _wake(home)
+
+
+def control(run: Run) -> Path:
+    """The file by which a run under way is asked to stop; it says "keep" or "kill"."""
+    return run.path / "stop"
+
+
+def unfinished(home: Home) -> list[tuple[Run, Status]]:
+    """Runs that have not ended, with their status, oldest first. Damaged folders are left out."""
+    if not home.runs.is_dir():
+        return []
+    found = []
+    for path in home.runs.iterdir():
+        # The state alone is read of those that have ended, which are nearly all: hundreds, on a slow volume.
+        with suppress(OSError, ValueError, TypeError, KeyError, KatherineError):
+            if json.loads((path / "status.json").read_bytes())["state"] not in ENDED:
+                run = runs.load(home, path.name)
+                found.append((run, run.status()))
+    return sorted(found, key=lambda pair: (pair[0].record.created, pair[0].id))
+
+
+def next_runnable(home: Home) -> Run | None:
+    """The oldest queued run whose parent, if it has one, succeeded. Queued runs whose parent failed or was stopped
+    are cancelled on the way; behind an interrupted parent they stay, to go on when it is resumed. Call it under the
+    mutex."""
+    _settle(home)
+    for run, status in unfinished(home):
+        if status.state is State.queued and _parent_state(home, run) in (None, State.succeeded):
+            return run
+    return None
+
+
+def worker_module(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def ticks(pid: int) -> int | None:
+    """When the process started, in clock ticks since boot; None if it is gone, or dead and not yet waited for."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The second field, the command's name in parentheses, may itself hold spaces and parentheses. See proc(5).
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else int(rest[18])
+
+
+def machine() -> str:
+    """This boot of this machine or container: where a pid means anything."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+
+
+def marked(run: Run) -> str:
+    """The value of MARK in the run's processes: the folder by its one true name."""
+    return os.path.realpath(run.path)
+
+
+def end_leftovers(run: Run) -> None:
+    """Kill whatever processes of the run are still there, wherever they have put themselves."""
+    mark = f"{MARK}={marked(run)}".encode(errors="surrogateescape")
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            with suppress(OSError):
+                if mark in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), signal.SIGKILL)
+
+
+def _is_supervised(status: Status) -> bool:
+    if status.machine != machine():
+        heard = datetime.fromisoformat(status.heartbeat) if status.heartbeat else datetime.min.replace(tzinfo=UTC)
+        return abs((datetime.now(UTC) - heard).total_seconds()) < SILENCE
+    return status.supervisor is not None and ticks(status.supervisor) == status.supervisor_started
+
+
+def _mark_interrupted(home: Home) -> list[Run]:
+    found = []
+    for run, status in unfinished(home):
+        if status.state is State.queued or _is_supervised(status):
+            continue
+        # Its supervisor may have written the end after we read and before we looked for it; now it writes no more.
+        status = run.status()
+        if status.state in ENDED:
+            continue
+        if status.machine == machine():
+            end_leftovers(run)
+        run.set_status(
+            **ended(State.interrupted),
+            reason="The machine went away or the process was killed.",
+            remedy="Resume it: it goes on from its newest checkpoint.",
+        )
+        found.append(run)
+    return found
+
+
+def ended(state: State) -> dict[str, Any]:
+    """What every end has in common, as changes to a Status."""
+    nobody = {"pid": None, "pid_started": None, "supervisor": None, "supervisor_started": None, "machine": None}
+    return {"state": state, "ended": runs.now(), **nobody}
+
+
+def _cancel(run: Run, reason: str, remedy: str = "Resume it to queue it again.") -> Status:
+    return run.set_status(**ended(State.cancelled), phase="", reason=reason, remedy=remedy)
+
+
+def _settle(home: Home) -> None:
+    """Cancel queued runs whose parent will never give them anything, and their own children in turn."""
+    changed = True
+    while changed:
+        changed = False
+        for run, status in unfinished(home):
+            parent = _parent_state(home, run)
+            if status.state is State.queued and parent in (State.failed, State.cancelled):
+                name = run.record.parent
+                _cancel(run, f"Run {name}, which it builds on, was {parent}.", f"Resume {name}, then this one.")
+                changed = True
+
+
+def _parent_state(home: Home, run: Run) -> State | None:
+    """None without a parent; a parent that is gone or damaged counts as failed."""
+    if run.record.parent is None:
+        return None
+    try:
+        return runs.load(home, run.record.parent).status().state
+    except KatherineError:
+        return State.failed
+
+
+def _blocked(home: Home, run: Run) -> bool:
+    """Whether an interrupted ancestor keeps the queued run from ever beginning."""
+    while run.record.parent is not None:
+        try:
+            run = runs.load(home, run.record.parent)
+            state = run.status().state
+        except KatherineError:
+            return False
+        if state is not State.queued:
+            return state is State.interrupted
+    return False
+
+
+def _wake(home: Home) -> None:
+    # The supervisor's place is taken here and handed to the child, and a supervisor gives it up under this same
+    # mutex, after finding the queue empty. So there is never a second one, and no run is left without one.
+    place = slot.bind(home, "supervisor")
+    if place is None:
+        return
+    with place:
+        if next_runnable(home) is None:
+            return
+        secrets = {name for kind in worker_module(WORKER).KINDS.values() for name in kind.secrets}
+        command = [sys.executable, "-m", "jobs.supervisor", "--home", str(home.root.absolute()), "--worker", WORKER]
+        with (home.root / "supervisor.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, "--place", str(place.fileno())],
+                pass_fds=(place.fileno(),),
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=PROJECT,
+                env=child_environment(*secrets, KATHERINE_HOME=str(home.root.absolute())),
+            )
+    # Waited for while we live, so that it does not linger as a zombie; when we die, init does it.
+    threading.Thread(target=process.wait, daemon=True).start()

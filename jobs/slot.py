@@ -1,0 +1,144 @@
+"""Things that one process at a time may hold: the GPU, the queue's mutex, the supervisor's place. Owns the holding
+and the naming of the holder; what is done meanwhile is the holder's affair."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+from katherine import runs
+from katherine.errors import Busy, KatherineError
+from katherine.settings import Home
+
+
+def _address(home: Home, name: str) -> bytes:
+    # Abstract Unix sockets (a leading zero byte) live in the kernel, not in a file system: a network volume's locks
+    # cannot be trusted, and here a second bind fails and the death of the last holder frees the name, always.
+    # The names are those of one network namespace: a home is used from one machine or container at a time.
+    place = f"{os.path.realpath(home.root)}\0{name}".encode(errors="surrogateescape")
+    return b"\0katherine-" + hashlib.sha256(place).hexdigest().encode()
+
+
+def bind(home: Home, name: str) -> socket.socket | None:
+    """The socket that stands for holding `name` in this home, or None while somebody else has it. It is held until
+    every copy of its descriptor is closed, those inherited by children included."""
+    # Datagram, since such a socket can be asked whether it is bound (see is_held) without listening.
+    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        held.bind(_address(home, name))
+    except OSError as error:
+        held.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    return held
+
+
+def is_held(home: Home, name: str) -> bool:
+    """Whether somebody holds `name`; asking never gets in a taker's way."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(_address(home, name))
+        except OSError:
+            return False
+    return True
+
+
+@contextmanager
+def mutex(home: Home, patience: float = 30.0) -> Iterator[None]:
+    """Held for the moment it takes to change the queue. It does not nest. Raises Busy after `patience` seconds: a
+    change takes milliseconds, so by then its holder has been frozen."""
+    deadline = time.monotonic() + patience
+    while (held := bind(home, "queue")) is None:
+        if time.monotonic() > deadline:
+            raise Busy(f"Another process has been changing the queue in {home.root} for {patience:.0f} s. Try again.")
+        time.sleep(random.uniform(0.002, 0.01))  # uneven, so that many waiters do not knock in step
+    with held:
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who holds a slot. what: "sft", "chat" and the like; run: the run's id, or None. since: ISO 8601, UTC."""
+
+    what: str
+    run: str | None
+    pid: int
+    since: str
+
+
+class Slot:
+    """One GPU of this machine, held. Children that inherit its descriptor hold it too."""
+
+    def __init__(self, held: socket.socket, note: Path):
+        self._held = held
+        self._note = note
+
+    def fileno(self) -> int:
+        return self._held.fileno()
+
+    def release(self) -> None:
+        """Let go. A child that inherited the descriptor holds on until it ends."""
+        if self._held.fileno() != -1:
+            # In this order, so that the next holder's note is never the one removed.
+            self._note.unlink(missing_ok=True)
+            self._held.close()
+
+    def __enter__(self) -> "Slot":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.release()
+
+
+def take(home: Home, what: str, *, run: str | None = None, name: str = "0") -> Slot:
+    """Take the GPU slot `name` (a device index). Raises Busy, naming the holder; never waits."""
+    held = bind(home, f"gpu-{name}")
+    if held is None:
+        raise Busy(f"{_title(name)} is held by {_described(home, name)}. Wait, stop it, or queue behind it.")
+    note = home.root / f"slot-{name}.json"
+    try:
+        home.root.mkdir(parents=True, exist_ok=True)
+        runs.write_json(note, asdict(Holder(what, run, os.getpid(), runs.now())))
+    except OSError:
+        # The note serves messages alone: a full disk is no reason to refuse the GPU.
+        with suppress(OSError):
+            note.unlink(missing_ok=True)
+    return Slot(held, note)
+
+
+def holder(home: Home, name: str = "0") -> Holder | None:
+    """Who holds the GPU slot, or None while it is free or its holder has not yet said who it is."""
+    if not is_held(home, f"gpu-{name}"):
+        return None
+    try:
+        return Holder(**json.loads((home.root / f"slot-{name}.json").read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _title(name: str) -> str:
+    return "The GPU" if name == "0" else f"GPU {name}"
+
+
+def _described(home: Home, name: str) -> str:
+    who = holder(home, name)
+    if who is None:
+        return "another process that has not said who it is"
+    since = datetime.fromisoformat(who.since).strftime("%H:%M UTC")
+    if who.run is None:
+        return f"{who.what} (process {who.pid}) since {since}"
+    where = ""
+    with suppress(KatherineError):
+        status = runs.load(home, who.run).status()
+        where = f", step {status.step} of {status.of}" if status.of else f", {status.phase}" if status.phase else ""
+    return f"run {who.run} ({who.what}{where}) since {since}"

@@ -1,0 +1,340 @@
+"""Drains the queue, one run at a time, detached from whoever asked. It spawns the worker, owns its wait, its log and
+status.json while it runs, and writes how it ended. What a run does is the worker's; who may start is the queue's."""
+
+import argparse
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from jobs import queue, slot
+from jobs.queue import MARK
+from jobs.slot import Slot
+from jobs.worker import lower
+from katherine import runs
+from katherine.errors import Busy
+from katherine.runs import Run, State
+from katherine.settings import Home, child_environment
+
+# How often the files are looked at and the ends of processes noticed, in seconds: a person sees no delay.
+TICK = 0.2
+# status.json is replaced at most twice a second: each is a round trip to a network volume, and no screen is faster.
+SAVE = 0.5
+# A reader knows by the heartbeat that a run on another machine lives (queue.SILENCE is twelve of these).
+HEARTBEAT = 5.0
+# From SIGTERM to SIGKILL: time to remove temporary files, not to save.
+GRACE = 3.0
+# A worker that has said how it ended may still be closing a GPU's context; after this it hangs.
+LEAVING = 30.0
+# Two files of 8 MB are over 100,000 lines, and pass whole through a proxy that refuses 100 MB.
+LOG_BYTES = 8_000_000
+# A line longer than this is written in pieces, so that output without newlines is never held in memory.
+LINE_BYTES = 64_000
+
+
+class Log:
+    """log.txt of a run: what the worker printed, with progress bars folded to their last state. At LOG_BYTES it
+    becomes log.1.txt, and the one before it is dropped."""
+
+    def __init__(self, path: Path, limit: int = LOG_BYTES):
+        self._path = path
+        self._limit = limit
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._pending = b""
+
+    def write(self, data: bytes) -> None:
+        *lines, self._pending = (self._pending + data).split(b"\n")
+        for line in lines:
+            self._put(_last_drawn(line) + b"\n")
+        self._pending = _last_drawn(self._pending)
+        if len(self._pending) > LINE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write out a line that has no end yet."""
+        if self._pending:
+            self._put(self._pending + b"\n")
+            self._pending = b""
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+    def give_way(self) -> None:
+        """Drop what has been logged, so that a full disk has room for the run's end."""
+        with suppress(OSError):
+            self._path.with_name("log.1.txt").unlink(missing_ok=True)
+            self._file.truncate(0)
+
+    def _put(self, line: bytes) -> None:
+        # A log that cannot be written (the disk is full) must not end the run.
+        with suppress(OSError):
+            if self._size + len(line) > self._limit:
+                self._path.replace(self._path.with_name("log.1.txt"))
+                full, self._file = self._file, self._path.open("ab", buffering=0)
+                full.close()
+                self._size = 0
+            self._size += self._file.write(line)
+
+
+def _last_drawn(line: bytes) -> bytes:
+    """What a terminal would show of a line that was drawn over and over from carriage returns."""
+    whole = line.rstrip(b"\r")
+    return whole[whole.rfind(b"\r") + 1 :]
+
+
+class Supervision:
+    """One run's worker, from its spawning to its end."""
+
+    def __init__(self, home: Home, run: Run, held: Slot, worker: str):
+        self._run = run
+        self._status = run.status()
+        self._log = Log(run.log)
+        self._log.write(f"--- attempt {self._status.attempt} begins, {runs.now()}\n".encode())
+        self._report = b""
+        self._end: dict[str, Any] | None = None
+        self._killed: float | None = None
+        self._leaving: float | None = None
+        self._looked = self._saved = self._beaten = 0.0
+        self._changed = True
+        # One count a heartbeat, of the last minute: the counter is of the whole host, which may not be ours alone, and
+        # a process with a hundred GB can take that long to die of it.
+        self._oom_kills = deque([_oom_kills()], maxlen=12)
+        kind = queue.worker_module(worker).KINDS.get(run.record.kind)
+        environment = child_environment(
+            *(kind.secrets if kind else ()),
+            **{MARK: queue.marked(run), "KATHERINE_HOME": str(home.root)},
+            PYTHONUNBUFFERED="1",  # what was printed before a crash is in the log
+            PYTHONFAULTHANDLER="1",  # and so is where native code crashed
+        )
+        self._reading, writing = os.pipe()
+        self._worker = subprocess.Popen(
+            [sys.executable, "-m", worker, str(run.path), "--report", str(writing), "--supervisor", str(os.getpid())],
+            # It holds the slot as well: should this process be killed, nobody takes the GPU before the worker is dead.
+            pass_fds=(writing, held.fileno()),
+            process_group=0,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+        )
+        os.close(writing)
+        assert self._worker.stdout is not None
+        self._pipes = selectors.DefaultSelector()
+        for pipe, heard in ((self._reading, self._on_report), (self._worker.stdout.fileno(), self._log.write)):
+            self._pipes.register(pipe, selectors.EVENT_READ, heard)
+        self._status = replace(self._status, pid=self._worker.pid, pid_started=queue.ticks(self._worker.pid))
+
+    def watch(self) -> None:
+        """Returns when the worker and all it started are gone and the end is written."""
+        while not self._over():
+            self._listen(TICK)
+            self._heed_stop()
+            self._save_sometimes()
+        # The worker is dead but not yet waited for, so its group's number cannot have passed to anybody else.
+        self._signal(signal.SIGKILL)
+        queue.end_leftovers(self._run)
+        code = self._worker.wait()
+        while self._listen(0):
+            pass
+        self._finish(code)
+
+    def _over(self) -> bool:
+        return os.waitid(os.P_PID, self._worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def _listen(self, patience: float) -> bool:
+        """Take in what the worker wrote. False if it wrote nothing for `patience` seconds."""
+        if not self._pipes.get_map():
+            # Both are closed, so that it is about to end: a moment, not a tick.
+            time.sleep(patience / 10)
+            return False
+        ready = self._pipes.select(patience)
+        for key, _ in ready:
+            if data := os.read(key.fd, 1 << 16):
+                key.data(data)
+            else:
+                self._pipes.unregister(key.fd)
+        return bool(ready)
+
+    def _on_report(self, data: bytes) -> None:
+        *lines, self._report = (self._report + data).split(b"\n")
+        for line in lines:
+            message = json.loads(line)
+            if "end" in message:
+                self._end = message
+                self._leaving = time.monotonic()
+            if "phase" in message:
+                self._status = replace(self._status, phase=message["phase"], step=0, of=0)
+            if "step" in message:
+                self._status = replace(self._status, step=message["step"], of=message["of"])
+            self._changed = True
+
+    def _heed_stop(self) -> None:
+        moment = time.monotonic()
+        if moment - self._looked < TICK:
+            return
+        self._looked = moment
+        try:
+            request = queue.control(self._run).read_text()
+        except OSError:
+            request = ""
+        if request and self._status.state is State.running:
+            self._status = replace(self._status, state=State.stopping)
+            self._changed = True
+        if request == "kill" and self._killed is None:
+            self._killed = moment
+            self._signal(signal.SIGTERM)
+        hanging = self._leaving is not None and moment - self._leaving > LEAVING
+        if hanging or (self._killed is not None and moment - self._killed > GRACE):
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._worker.pid, number)
+
+    def _save_sometimes(self) -> None:
+        moment = time.monotonic()
+        beat = moment - self._beaten >= HEARTBEAT
+        if beat:
+            self._beaten = moment
+            self._oom_kills.append(_oom_kills())
+        if beat or (self._changed and moment - self._saved >= SAVE):
+            self._saved = moment
+            self._changed = False
+            self._status = replace(self._status, heartbeat=runs.now())
+            # A full disk now may have room again at the end, and the worker will say so itself.
+            with suppress(OSError):
+                self._save()
+
+    def _save(self) -> None:
+        runs.write_json(self._run.path / "status.json", asdict(self._status))
+
+    def _finish(self, code: int) -> None:
+        state, reason, remedy = self._ending(code)
+        self._log.flush()
+        self._log.write(f"--- {state}, {runs.now()}. {reason}\n".encode(errors="replace"))
+        self._status = replace(
+            self._status, **queue.ended(state), heartbeat=runs.now(), exit_code=code, reason=reason, remedy=remedy
+        )
+        try:
+            self._save()
+        except OSError:
+            self._log.give_way()
+            self._save()
+        self._log.close()
+        self._pipes.close()
+        os.close(self._reading)
+
+    def _ending(self, code: int) -> tuple[State, str, str]:
+        """(state, reason, remedy). What the worker said counts for more than its exit code: a crash while closing
+        down cannot undo a result that is written."""
+        said = self._end["end"] if self._end else None
+        at = f"at step {self._status.step}" if self._status.step else f"in phase {self._status.phase}"
+        if said == "succeeded":
+            return State.succeeded, "", ""
+        if self._killed is not None:
+            return State.cancelled, f"Stopped by you and killed {at}.", "Resume goes on from its newest checkpoint."
+        if said == "stopped":
+            return State.cancelled, f"Stopped by you; kept {at}.", "Resume continues from there."
+        if self._end and said == "failed":
+            return State.failed, self._end["reason"], self._end["remedy"]
+        if code == -signal.SIGKILL and _oom_kills() > self._oom_kills[0]:
+            return State.failed, f"Killed {at} by the host's memory limit.", lower(self._run, _MORE_MEMORY)
+        if -code in (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            name = signal.Signals(-code).name
+            return State.interrupted, f"Killed from outside ({name}) {at}.", "Resume it."
+        if code < 0:
+            name = signal.Signals(-code).name
+            return State.failed, f"Native code crashed ({name}) {at}.", f"Where it did is in {self._run.log}."
+        return State.failed, f"A bug: the worker left {at} with exit code {code}.", f"See {self._run.log}."
+
+
+_MORE_MEMORY = "or take a machine with more memory"
+
+
+def _oom_kills() -> int:
+    """How many processes this kernel has killed for want of memory, by a container's limit or its own."""
+    with suppress(OSError), open("/proc/vmstat") as counters:
+        for line in counters:
+            name, count = line.split()
+            if name == "oom_kill":
+                return int(count)
+    return 0
+
+
+def _begin(home: Home, run: Run) -> bool:
+    """Mark the run as under way, unless it was cancelled meanwhile."""
+    with slot.mutex(home):
+        status = run.status()
+        if status.state is not State.queued:
+            return False
+        begun = runs.now()
+        run.set_status(
+            state=State.running,
+            phase="starting",
+            step=0,
+            of=0,
+            attempt=status.attempt + 1,
+            supervisor=os.getpid(),
+            supervisor_started=queue.ticks(os.getpid()),
+            machine=queue.machine(),
+            heartbeat=begun,
+            started=begun,
+            reason="",
+            remedy="",
+        )
+        return True
+
+
+def drain(home: Home, place: socket.socket, worker: str) -> None:
+    """Carry out queued runs, oldest first, until none can begin; then give the supervisor's place up."""
+    while True:
+        with slot.mutex(home):
+            run = queue.next_runnable(home)
+            if run is None:
+                # Given up under the mutex: whoever queues a run next finds the place free and starts a supervisor.
+                place.close()
+                return
+        try:
+            held = slot.take(home, run.record.kind, run=run.id)
+        except Busy as busy:
+            _say_why_waiting(home, run, str(busy))
+            time.sleep(SAVE)
+            continue
+        with held:
+            if _begin(home, run):
+                Supervision(home, run, held, worker).watch()
+
+
+def _say_why_waiting(home: Home, run: Run, why: str) -> None:
+    with slot.mutex(home):
+        status = run.status()
+        if status.state is State.queued and status.reason != why:
+            run.set_status(reason=why)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description="Drain the queue of runs; started by jobs.queue.")
+    arguments.add_argument("--home", type=Path, required=True)
+    arguments.add_argument("--worker", default=queue.WORKER, help="module that carries out a run")
+    arguments.add_argument("--place", type=int, help="descriptor that already holds the supervisor's place")
+    asked = arguments.parse_args()
+    home = Home(asked.home.absolute())
+    place = slot.bind(home, "supervisor") if asked.place is None else socket.socket(fileno=asked.place)
+    if place is not None:
+        place.set_inheritable(False)
+        drain(home, place, asked.worker)
+
+
+if __name__ == "__main__":
+    main()
