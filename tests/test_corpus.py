@@ -1,0 +1,697 @@
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from katherine import corpus, findings, intake, lines
+from katherine.errors import DataError, DiskError, NotFound
+from katherine.examples import Conversation, Message, Preference
+from katherine.settings import PROJECT, Home
+
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hey you"}]}
+
+
+def sft(*texts: str, system: str | None = None) -> dict:
+    turns = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(texts)]
+    return {"messages": ([{"role": "system", "content": system}] if system is not None else []) + turns}
+
+
+def pair(question: str, chosen: str, rejected: str, tags: tuple[str, str] | None = ("identity", "direct")) -> dict:
+    line = {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+    return line | ({"_cat": tags[0], "_type": tags[1]} if tags else {})
+
+
+def write(path: Path, *rows: dict | str | bytes) -> Path:
+    """One row a line; bytes and texts as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = [
+        row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row)).encode() for row in rows
+    ]
+    path.write_bytes(b"".join(row + b"\n" for row in raw))
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "home")
+
+
+def rejected(dataset: corpus.Dataset) -> list[dict]:
+    return [problem for problem in dataset.report["problems"] if problem["severity"] == "rejected"]
+
+
+def warnings(dataset: corpus.Dataset) -> list[dict]:
+    return [problem for problem in dataset.report["problems"] if problem["severity"] == "warning"]
+
+
+def rejects_file(dataset: corpus.Dataset) -> list[dict]:
+    return [json.loads(line) for line in (dataset.path / "rejects.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+class WordCount:
+    """Counts as a template does, one token a word."""
+
+    def count(self, conversation: Conversation) -> int:
+        return sum(len(message.content.split()) for message in conversation.messages)
+
+    def count_pair(self, preference: Preference) -> int:
+        longer = max((preference.chosen, preference.rejected), key=lambda reply: len(reply[0].content.split()))
+        return self.count(Conversation(preference.prompt + longer))
+
+
+# ---------------------------------------------------------------------------------------------- whole corpora
+
+
+def recipe_corpus(folder: Path, seed: int) -> Path:
+    """The recipe's corpus in shape: 38 files, 6,164 lines, 1,886 unique examples, 180 curated and 30 other pairs.
+    The examples are the same for every seed; files, order, key order, system turns and line ends are not."""
+    rng = random.Random(seed)
+    unique = [sft(f"question {n}?", f"answer {n} …")["messages"] for n in range(1886)]
+    talk = unique + [rng.choice(unique) for _ in range(6164 - 1886 - 180 - 30)]
+    rng.shuffle(talk)
+    for number in range(35):
+        rows = []
+        for messages in talk[number::35]:
+            if rng.random() < 0.7:
+                messages = [{"role": "system", "content": f"You are k{rng.randrange(3)}."}, *messages]
+            if rng.random() < 0.1:
+                messages = [{"content": m["content"], "role": m["role"]} for m in messages]
+            rows.append(json.dumps({"messages": messages}, ensure_ascii=bool(number % 2)))
+        ends = {3: "\r\n"}.get(number, "\n")
+        data = (ends.join(rows) + ("" if number == 7 else ends)).encode()
+        folder.mkdir(exist_ok=True)
+        (folder / f"talk_{number:02d}.jsonl").write_bytes((b"\xef\xbb\xbf" if number == 5 else b"") + data)
+    curated = [pair(f"who {n}?", f"me {n}", f"a model {n}") for n in range(180)]
+    others = [pair(f"why {n}?", f"so {n}", f"an assistant {n}", None) for n in range(30)]
+    rng.shuffle(curated)
+    rng.shuffle(others)
+    write(folder / "pairs.jsonl", *curated)
+    write(folder / "old_1.jsonl", *others[:18])
+    write(folder / "old_2.jsonl", *others[18:])
+    return folder
+
+
+def test_the_recipes_corpus_has_the_recipes_counts(tmp_path, home):
+    report = corpus.prepare([recipe_corpus(tmp_path / "in", seed=1)], home).report
+    assert (report["files"], report["lines"]) == (38, 6164)
+    assert report["sft"] == {"unique": 1886, "duplicates": 4068, "rejected": 0}
+    counts = {key: report["dpo"][key] for key in ("curated", "uncurated", "used", "duplicates", "rejected")}
+    assert counts == {"curated": 180, "uncurated": 30, "used": 180, "duplicates": 0, "rejected": 0}
+    assert sum(file["lines"] for file in report["by_file"]) == 6164
+    assert report["tokens"] is None
+
+
+def test_order_of_files_lines_and_keys_changes_neither_fingerprint_nor_what_is_trained_on(tmp_path, home):
+    one = corpus.prepare([recipe_corpus(tmp_path / "a", seed=1)], home)
+    files = list(recipe_corpus(tmp_path / "b", seed=2).iterdir())
+    random.Random(3).shuffle(files)
+    two = corpus.prepare(files, home)
+    assert one.fingerprint == two.fingerprint
+    for name in ("sft.jsonl", "dpo.jsonl"):
+        assert (one.path / name).read_bytes() == (two.path / name).read_bytes()
+
+
+def test_the_fingerprint_is_the_same_on_every_machine(tmp_path, home):
+    """Made again here from its definition, and pinned: a change would make every dataset look like another one."""
+    rows = [sft("hi", 'hey, café 🙂 \u2028 "q" \\ / \t\b\x01\x7f'), sft("a", "b"), pair("who?", "me", "a model", None)]
+    file = write(tmp_path / "a.jsonl", *rows)
+    dataset = corpus.prepare([file], home, include_uncurated=True)
+    canonical = [json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() for row in rows]
+    hashes = [hashlib.blake2b(line, digest_size=16).digest() for line in canonical]
+    content = b"dpo 1\n" + hashes[2] + b"sft 2\n" + b"".join(sorted(hashes[:2]))
+    assert dataset.fingerprint == hashlib.sha256(content).hexdigest()
+    assert dataset.fingerprint == "2f76ca4f9817b31edc6c8756549891e78cc1fae95484a418c6062b01527f8c6b"
+
+
+def test_a_datasets_own_files_prepare_to_the_same_dataset(tmp_path, home):
+    first = corpus.prepare([write(tmp_path / "a.jsonl", GOOD, pair("who?", "me", "a model"))], home)
+    again = corpus.prepare([first.path / "sft.jsonl", first.path / "dpo.jsonl"], home)
+    assert again.fingerprint == first.fingerprint
+    assert again.preferences()[0].curated
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        sft("hi", "hey you", system="You are somebody."),
+        sft("  hi\r\n", "\n\they you \u00a0"),
+        {"messages": [{"content": "hi", "role": "user"}, {"content": "hey you", "role": "assistant"}]},
+        {"id": 7, "_score": 0.5, **GOOD},
+        json.dumps(GOOD, separators=("  ,\t", " : ")) + "  \r",
+        '{"messages":[{"role":"user","content":"\\u0068i"},{"r\\u006fle":"assistant","content":"hey you"}]}',
+    ],
+    ids=["system turn", "outer space", "key order", "harmless keys", "json space", "escapes"],
+)
+def test_spellings_of_one_example_are_duplicates(tmp_path, home, other):
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", GOOD, other)], home)
+    assert dataset.report["sft"] == {"unique": 1, "duplicates": 1, "rejected": 0}
+    assert not dataset.report["problems"]
+    assert dataset.conversations() == [Conversation((Message("user", "hi"), Message("assistant", "hey you")))]
+
+
+@pytest.mark.parametrize("other", [sft("hi", "hey  you"), sft("hi", "Hey you"), sft("hi", "hey you", "and?", "so.")])
+def test_other_words_are_another_example(tmp_path, home, other):
+    alone = corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home)
+    both = corpus.prepare([write(tmp_path / "b.jsonl", GOOD, other)], home)
+    assert both.report["sft"]["unique"] == 2
+    assert both.fingerprint != alone.fingerprint
+
+
+def test_inner_line_ends_become_lf_and_nothing_else_changes(tmp_path, home):
+    text = "one\r\ntwo\u2028three\u0085 \x0bfour  \u200b<|im_end|>"
+    (conversation,) = corpus.prepare([write(tmp_path / "a.jsonl", sft("hi", f" {text} "))], home).conversations()
+    assert conversation.messages[1].content == text.replace("\r\n", "\n")
+
+
+# ---------------------------------------------------------------------------------------------- bad lines
+
+
+def deep(depth: int) -> str:
+    return '{"messages": ' + "[" * depth + "]" * depth + "}"
+
+
+BAD = {
+    "cut off": (b'{"messages": [{"role": "user", "con', "ends before its object does"),
+    "comma after": (json.dumps(GOOD).encode() + b",", "more text after the object"),
+    "two objects": (json.dumps(GOOD).encode() * 2, "more text after the object"),
+    "not JSON": (b"{messages: 1}", "invalid JSON at column 2"),
+    "control character": (b'{"messages": "a\tb"}', "Invalid control character"),
+    "invalid UTF-8": (b'{"messages": [{"role": "user", "content": "\xff"}]}', "not valid UTF-8: byte 0xff"),
+    "invalid UTF-8 in a key": (b'{"\xc0\x80": 1}', "not valid UTF-8"),
+    "UTF-16": ('{"messages": []}'.encode("utf-16"), "not valid UTF-8"),
+    "inner BOM": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "byte-order mark inside the file"),
+    "NaN": ('{"x": NaN, "messages": []}', "NaN is not JSON"),
+    "infinity": ('{"x": -Infinity, "messages": []}', "-Infinity is not JSON"),
+    "1e999": (json.dumps(GOOD)[:-1] + ', "x": 1e999}', "number out of range: 1e999"),
+    "5,000 digits": (json.dumps(GOOD)[:-1] + ', "_x": ' + "1" * 5000 + "}", "number out of range: of 5,000 characters"),
+    "lone surrogate": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "lone surrogate, \\ud83d"),
+    "lone surrogate in an ignored key": (json.dumps(GOOD)[:-1] + ', "_\\udc00": 1}', "lone surrogate, \\udc00"),
+    "surrogate as bytes": (b'{"messages": "\xed\xa0\x80"}', "not valid UTF-8"),
+    "100,000 deep": (deep(100_000), "nested too deeply"),
+    "100,000 deep in an ignored key": (f'{{"_x": {deep(100_000)}}}', "nested too deeply"),
+    "100,000 open": ("[" * 100_000, "nested too deeply"),
+    "duplicate key": (json.dumps(GOOD)[:-1] + ', "messages": []}', "duplicate key 'messages'"),
+    "duplicate role": (json.dumps(GOOD).replace('"role"', '"role": "user", "role"', 1), "duplicate key 'role'"),
+    "duplicate key, escaped": (
+        json.dumps(GOOD).replace('"role"', '"r\\u006fle": "user", "role"', 1),
+        "duplicate key 'role'",
+    ),
+    "duplicate key in an ignored key": (json.dumps(GOOD)[:-1] + ', "_x": {"a": 1, "a": 1}}', "duplicate key 'a'"),
+    "duplicate tag": (json.dumps(pair("q", "a", "b"))[:-1] + ', "_cat": "x"}', "duplicate key '_cat'"),
+    "an array": (json.dumps([GOOD]), "this is a JSON array"),
+    "a text": ('"messages"', "must be a JSON object, found a text"),
+    "a number": ("17", "must be a JSON object, found a number"),
+    "another schema": ('{"conversations": [], "x": 1}', "keys: 'conversations', 'x'"),
+    "no keys": ("{}", "keys: none"),
+    "both kinds": (GOOD | pair("q", "a", "b"), "both `messages` and keys of a preference pair"),
+    "messages is null": ({"messages": None}, "`messages` must be a list of messages, found null"),
+    "messages is a text": ({"messages": "hi"}, "found a text"),
+    "no messages": ({"messages": []}, "there are no messages"),
+    "message is a text": ({"messages": ["hi"]}, "`messages` 1 must be an object"),
+    "no content": ({"messages": [{"role": "user"}]}, "`messages` 1 has no `content`"),
+    "content is a number": (sft("hi", 5), "`messages` 2 must have a text as `content`, found a number"),
+    "content is null": (sft("hi", None), "found null"),
+    "content is parts": (sft("hi", [{"type": "text", "text": "x"}]), "found a list"),
+    "system content is a number": (sft("a", "b", system=5), "must have a text as `content`"),
+    "role is a number": ({"messages": [{"role": 1, "content": "x"}]}, "a text as `role`, found a number"),
+    "role is true": ({"messages": [{"role": True, "content": "x"}]}, "found true or false"),
+    "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'"),
+    "capital role": ({"messages": [{"role": "User", "content": "x"}]}, "unknown role 'User'"),
+    "ends with the user": (sft("hi", "hey", "and?"), "does not end with the assistant"),
+    "begins with the assistant": ({"messages": GOOD["messages"][1:]}, "begins with the assistant"),
+    "twice the user": (
+        {"messages": [GOOD["messages"][0], {"role": "system", "content": "x"}, *GOOD["messages"]]},
+        "turns 1 and 2 (system turns left out) are both the user's",
+    ),
+    "twice the assistant": ({"messages": [*GOOD["messages"], GOOD["messages"][1]]}, "both the assistant's"),
+    "only system": ({"messages": [{"role": "system", "content": "x"}]}, "nothing is left after system turns"),
+    "empty turn": (sft("hi", ""), "empty turn: turn 2 (assistant)"),
+    "blank turn": (sft(" \r\n\u2003", "hey"), "empty turn: turn 1 (user)"),
+    "think": (sft("hi", "<think>hm</think>hey"), "thoughts are never learned"),
+    "think, escaped": ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
+                       '"\\u003cTHINK\\u003e y"}]}', "thoughts are never learned"),
+    "end of a thought": (sft("hi", "hm </think> hey", "so?", "so."), "turn 2: the assistant's text holds <think>"),
+    "thoughts apart": (
+        {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"reasoning_content": "hm"}]},
+        "carries 'reasoning_content'",
+    ),
+    "not to be learned": (
+        {"messages": [GOOD["messages"][0], GOOD["messages"][1] | {"weight": 0}]}, "carries 'weight'"
+    ),
+    "chosen equals rejected": (pair("q", "same ", "same"), "chosen equals rejected"),
+    "no rejected": ({"prompt": [], "chosen": []}, "missing: rejected"),
+    "prompt is a text": (pair("q", "a", "b") | {"prompt": "q"}, "`prompt` must be a list of messages, found a text"),
+    "prompt ends with the assistant": (
+        pair("q", "a", "b") | {"prompt": GOOD["messages"]}, "`prompt` does not end with the user"
+    ),
+    "empty prompt": (pair("q", "a", "b") | {"prompt": []}, "`prompt`: there are no messages"),
+    "empty question": (pair(" ", "a", "b"), "`prompt`: empty turn"),
+    "empty rejected": (pair("q", "a", " "), "empty turn: `rejected`"),
+    "two replies": (pair("q", "a", "b") | {"chosen": GOOD["messages"][1:] * 2}, "found assistant, assistant"),
+    "chosen by the user": (pair("q", "a", "b") | {"chosen": GOOD["messages"][:1]}, "found user"),
+    "think in rejected": (pair("q", "a", "<think></think>b"), "`rejected`: the assistant's text holds <think>"),
+    "tag is a number": (pair("q", "a", "b") | {"_cat": 3}, "`_cat` must be a text, found a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_line_is_named_and_kept_and_the_rest_goes_on(tmp_path, home, name):
+    line, reason = BAD[name]
+    before, after = sft("before", "yes"), sft("after", "yes")
+    dataset = corpus.prepare([write(tmp_path / "bad.jsonl", before, "", line, after)], home)
+    assert dataset.report["sft"]["unique"] == 2
+    (problem,) = rejected(dataset)
+    assert (problem["file"], problem["line"]) == ("bad.jsonl", 3)
+    assert reason in problem["reason"]
+    assert len(problem["text"]) <= intake.SHOWN_TEXT
+    (entry,) = rejects_file(dataset)
+    assert (entry["file"], entry["line"], entry["reason"]) == ("bad.jsonl", 3, problem["reason"])
+    raw = (dataset.path / "raw" / "bad.jsonl").read_bytes()
+    assert raw == (tmp_path / "bad.jsonl").read_bytes()
+    assert entry["text"] == raw.split(b"\n")[2].decode(errors="backslashreplace")
+    counts = dataset.report
+    assert counts["sft"]["rejected"] + counts["dpo"]["rejected"] + counts["unrecognised"] == 1
+    assert counts["lines"] == 3
+
+
+def test_a_rejected_line_counts_with_the_kind_it_meant_to_be(tmp_path, home):
+    file = write(tmp_path / "a.jsonl", GOOD, sft("hi", ""), pair("q", "x", "x"), pair("q", "x", "x"), "{")
+    report = corpus.prepare([file], home).report
+    assert (report["sft"]["rejected"], report["dpo"]["rejected"], report["unrecognised"]) == (1, 2, 1)
+
+
+def test_a_sound_line_may_look_suspicious(tmp_path, home):
+    rows = [
+        sft('the key "role" and "content"', '"messages": "role"'),
+        sft("role", "content", "messages", '"'),
+        json.dumps(sft("\\u006f is an o", "I know")),
+        json.dumps(sft("🙂", "🙂")),
+        pair('"chosen"', '"rejected"', "prompt"),
+    ]
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+    assert not rejected(dataset)
+    assert dataset.report["sft"]["unique"] == 4
+    assert {c.messages[0].content for c in dataset.conversations()} == {row["messages"][0]["content"] for row in
+        (rows[0], rows[1], sft("\\u006f is an o"), sft("🙂"))}  # fmt: skip
+
+
+def test_the_fast_way_and_the_strict_way_agree():
+    """Lines broken and twisted at random: never does the typed decoder let pass what the strict reader refuses, or
+    read something else."""
+
+    def outcome(read, raw):
+        try:
+            return read(raw)[0]
+        except lines.Rejected:
+            return None
+
+    rng = random.Random(5)
+    seeds = [
+        json.dumps(line, ensure_ascii=ascii_only).encode()
+        for line in (GOOD, sft("é\n🙂", 'say "hi"', system="x"), pair("q", "a\\", "b <x>"), pair("q", "a", "b", None))
+        for ascii_only in (True, False)
+    ]
+    bits = [b'"', b"\\", b"\\u006f", b"\\ud83d", b"{", b"}", b",", b":", b'"role"', b'"content":"x",', b'"_cat":"x",']
+    bits += [b'"role":"user",', b'"r\\u006fle":"user",', b"\xff", b"\xc3", b"\x00", b"1e999", b"NaN", b" ", b"null"]
+    bits += [b'"messages":[],', b'"id":1,', b"user", b"assistant", b"system", b"[", b"]", b"\\n", b"\xef\xbb\xbf"]
+    accepted = 0
+    for _ in range(30_000):
+        raw = rng.choice(seeds)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            at = rng.randrange(len(raw) + 1)
+            raw = raw[:at] + rng.choice(bits) * rng.randrange(2) + raw[at + rng.choice((0, 0, 1, 4)) :]
+        fast = outcome(lines.read, raw)
+        assert fast == outcome(lines._read_strictly, raw), raw
+        accepted += fast is not None
+    assert 2_000 < accepted < 28_000
+
+
+def test_ignored_keys_are_warned_about_once_a_file(tmp_path, home):
+    named = {"messages": [GOOD["messages"][0] | {"name": "Ann"}, GOOD["messages"][1]], "score": 3}
+    (problem,) = warnings(corpus.prepare([write(tmp_path / "a.jsonl", GOOD, named, named)], home))
+    assert (problem["line"], problem["file"]) == (2, "a.jsonl")
+    assert problem["reason"] == "ignored keys: 'name', 'score' (and in 1 more lines of this file)"
+
+
+def test_a_users_think_tag_is_text_and_warned_about(tmp_path, home):
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", sft("what is <think>?", "no idea"))], home)
+    assert dataset.report["sft"]["unique"] == 1
+    assert "plain text" in warnings(dataset)[0]["reason"]
+
+
+def test_many_foreign_keys_take_no_quadratic_time(tmp_path, home):
+    keys = {f"k{n}": n for n in range(200_000)}
+    twice = json.dumps(keys)[:-1] + ', "k199999": 0}'
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", GOOD, GOOD | keys, twice)], home)
+    assert dataset.report["sft"]["duplicates"] == 1
+    assert "duplicate key 'k199999'" in rejected(dataset)[0]["reason"]
+    assert "…" in warnings(dataset)[0]["reason"]
+
+
+# ---------------------------------------------------------------------------------------------- lines and files
+
+
+def test_a_100_mb_line_is_rejected_by_size_in_little_memory(tmp_path):
+    file = tmp_path / "big.jsonl"
+    with file.open("wb") as out:
+        out.write(json.dumps(sft("before", "yes")).encode() + b'\n{"messages": "')
+        for _ in range(100):
+            out.write(b"x" * 2**20)
+        out.write(b'"}\n' + json.dumps(sft("after", "yes")).encode())
+    script = (
+        "import json, resource, sys; from pathlib import Path; from katherine import corpus, settings\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "report = corpus.prepare([Path(sys.argv[1])], settings.Home(Path(sys.argv[2]))).report\n"
+        "report['grown'] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024\n"
+        "print(json.dumps(report))"
+    )
+    command = [sys.executable, "-c", script, str(file), str(tmp_path / "home")]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["sft"] == {"unique": 2, "duplicates": 0, "rejected": 1}
+    assert report["problems"][0]["line"] == 2
+    assert report["problems"][0]["reason"] == "the line has 104,857,616 bytes; the limit is 8,388,608"
+    assert report["grown"] < 8 * intake.MAX_LINE
+    folder = Path(report["path"])
+    (entry,) = (json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines())
+    assert entry["shortened"] is True
+    assert len(entry["text"]) == intake.MAX_REJECT
+    assert (folder / "raw" / "big.jsonl").stat().st_size == file.stat().st_size
+
+
+def test_a_line_of_just_the_limit_is_read(tmp_path, home):
+    empty = len(json.dumps(sft("q", "")))
+    fits, too_long = sft("q", "x" * (intake.MAX_LINE - empty)), sft("q", "y" * (intake.MAX_LINE - empty + 1))
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", fits, too_long, GOOD)], home)
+    assert dataset.report["sft"] == {"unique": 2, "duplicates": 0, "rejected": 1}
+    assert rejected(dataset)[0]["line"] == 2
+
+
+def test_marks_and_line_ends_of_other_systems_are_read(tmp_path, home):
+    first, last = json.dumps(sft("one", "1")).encode(), json.dumps(sft("two", "2\u2028\u0085"), ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\r\n \r\n" + last.encode())
+    dataset = corpus.prepare([tmp_path / "a.jsonl"], home)
+    assert not dataset.report["problems"]
+    assert (dataset.report["lines"], dataset.report["sft"]["unique"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"\xef\xbb\xbf", "the file is empty"),
+        (b"\n\n \r\n", "the file is empty"),
+        (b"{}\n{\n", "nothing usable: all 2 lines are rejected"),
+        (json.dumps([GOOD]).encode(), "this is one JSON array; write one object a line"),
+        (json.dumps([GOOD, GOOD], indent=2).encode(), "this is one JSON array"),
+        (b"\xef\xbb\xbf[\n" + b",\n".join([json.dumps(GOOD).encode()] * 3) + b"\n]\n", "this is one JSON array"),
+        (b"[]", "this is one JSON array"),
+    ],
+)
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.json"])
+def test_a_file_with_nothing_usable_says_so(tmp_path, home, name, content, reason):
+    (tmp_path / name).write_bytes(content)
+    good = write(tmp_path / "good.jsonl", GOOD)
+    dataset = corpus.prepare([tmp_path / name, good], home)
+    (problem,) = [problem for problem in rejected(dataset) if problem["line"] is None]
+    assert problem["file"] == name
+    assert reason in problem["reason"]
+    assert dataset.report["sft"]["unique"] == 1
+    lines_there = sum(bool(line.removeprefix(b"\xef\xbb\xbf").strip()) for line in content.split(b"\n"))
+    assert dataset.report["lines"] == lines_there + 1
+    assert [entry["line"] for entry in rejects_file(dataset)] == list(range(1, lines_there + 1))
+    with pytest.raises(DataError, match=reason.split(";")[0].split(":")[0]):
+        corpus.prepare([tmp_path / name], home)
+
+
+@pytest.mark.parametrize("first", ["[1, 2]", json.dumps([GOOD]), "[" * 1000, "[oops"])
+def test_a_line_that_is_an_array_does_not_condemn_its_file(tmp_path, home, first):
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", first, GOOD, json.dumps([GOOD]))], home)
+    assert dataset.report["sft"]["unique"] == 1
+    assert [problem["line"] for problem in rejected(dataset)] == [1, 3]
+
+
+def test_nothing_usable_at_all_gives_the_top_reasons_and_leaves_nothing(tmp_path, home):
+    file = write(tmp_path / "a.jsonl", *[sft("hi", "")] * 3, "{")
+    with pytest.raises(DataError) as error:
+        corpus.prepare([file, write(tmp_path / "b.jsonl")], home)
+    assert "- a.jsonl, line 1: empty turn: turn 2 (assistant) has no text (3 times)" in str(error.value)
+    assert "b.jsonl: nothing usable: the file is empty" in str(error.value)
+    assert not list(home.datasets.iterdir())
+
+
+def test_only_uncurated_pairs_are_an_error_unless_asked_for(tmp_path, home):
+    file = write(tmp_path / "a.jsonl", pair("q", "a", "b", None))
+    with pytest.raises(DataError, match="nothing here but 1 uncurated"):
+        corpus.prepare([file], home)
+    assert corpus.prepare([file], home, include_uncurated=True).report["dpo"]["used"] == 1
+
+
+def test_wrong_paths_are_all_named(tmp_path, home):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError) as error:
+        corpus.prepare([write(tmp_path / "a.jsonl", GOOD), tmp_path / "empty", tmp_path / "gone.jsonl"], home)
+    assert "empty is a folder without any .jsonl file" in str(error.value)
+    assert "gone.jsonl does not exist" in str(error.value)
+    with pytest.raises(DataError, match="No files were named"):
+        corpus.prepare([], home)
+
+
+def test_folders_are_read_to_the_bottom_and_names_stay_apart(tmp_path, home):
+    write(tmp_path / "in" / "x.jsonl", sft("1", "x"))
+    write(tmp_path / "in" / "deep" / "er" / "x.jsonl", sft("2", "x"))
+    write(tmp_path / "in" / "notes.txt", "not data")
+    write(tmp_path / "in" / "folder.jsonl" / "y.jsonl", sft("4", "x"))
+    other = write(tmp_path / "other" / "x.jsonl", sft("3", "x"), "{")
+    dataset = corpus.prepare([tmp_path / "in", other, tmp_path / "in" / "x.jsonl"], home)
+    files = {file["file"]: file["raw"] for file in dataset.report["by_file"]}
+    assert set(files) == {"in/x.jsonl", "deep/er/x.jsonl", "other/x.jsonl", "folder.jsonl/y.jsonl"}
+    assert len(set(files.values())) == 4
+    assert (dataset.path / "raw" / files["other/x.jsonl"]).read_bytes() == other.read_bytes()
+    assert rejected(dataset)[0]["file"] == "other/x.jsonl"
+    assert dataset.report["sft"]["unique"] == 4
+
+
+def test_a_file_name_that_is_not_utf_8_is_still_named(tmp_path, home):
+    write(tmp_path / "in" / os.fsdecode(b"caf\xe9.jsonl"), GOOD, "{")
+    dataset = corpus.prepare([tmp_path / "in"], home)
+    assert rejected(dataset)[0]["file"] == "caf\\xe9.jsonl"
+
+
+# ---------------------------------------------------------------------------------------------- pairs
+
+
+def test_curated_and_uncurated_pairs_are_told_apart(tmp_path, home):
+    half = pair("q3", "a", "b", None) | {"_cat": "warmth"}
+    blank = pair("q4", "a", "b", (" ", "direct"))
+    rows = [pair("q1", "a", "b"), pair("q2", "a", "b", None), half, blank, pair("q1", "a", "b", None)]
+    report = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+    dpo = report.report["dpo"]
+    assert (dpo["curated"], dpo["uncurated"], dpo["used"], dpo["duplicates"]) == (1, 3, 1, 1)
+    assert [p.prompt[0].content for p in report.preferences()] == ["q1"]
+    assert (report.preferences()[0].category, report.preferences()[0].type) == ("identity", "direct")
+    everything = corpus.prepare([tmp_path / "a.jsonl"], home, include_uncurated=True)
+    assert everything.report["dpo"]["used"] == len(everything.preferences()) == 4
+    assert everything.fingerprint != report.fingerprint
+
+
+def test_a_pair_that_is_curated_anywhere_is_curated_whatever_the_order(tmp_path, home):
+    rows = [pair("q", "a", "b", None), pair("q", "a", "b", ("z", "y")), pair("q", "a", "b", ("c", "d"))]
+    forwards = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+    backwards = corpus.prepare([write(tmp_path / "b.jsonl", *reversed(rows))], home)
+    assert forwards.report["dpo"]["curated"] == backwards.report["dpo"]["curated"] == 1
+    assert forwards.preferences() == backwards.preferences()
+    assert forwards.preferences()[0].category == "c"
+
+
+def test_swapped_pairs_are_both_left_out(tmp_path, home):
+    one = write(tmp_path / "a.jsonl", pair("q", "yes", "no"), pair("r", "yes", "no"))
+    two = write(tmp_path / "b.jsonl", "", pair("q", "no", "yes"), pair("q", "no", "yes"))
+    dataset = corpus.prepare([one, two], home)
+    dpo = dataset.report["dpo"]
+    assert (dpo["curated"], dpo["used"], dpo["rejected"], dpo["duplicates"]) == (1, 1, 2, 1)
+    assert [(p["file"], p["line"]) for p in rejected(dataset)] == [("a.jsonl", 1), ("b.jsonl", 2)]
+    assert rejected(dataset)[0]["reason"] == "chosen and rejected are swapped in b.jsonl, line 2; both are left out"
+    assert json.loads(rejects_file(dataset)[1]["text"]) == pair("q", "no", "yes")
+    assert [p.prompt[0].content for p in dataset.preferences()] == ["r"]
+
+
+def test_nothing_but_contradictions_is_an_error(tmp_path, home):
+    rows = [pair("q", "yes", "no"), pair("q", "no", "yes"), pair("q", "no", "yes")]
+    with pytest.raises(DataError, match=r"(?s)can be used.*are swapped in a.jsonl, line 2"):
+        corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+
+
+def test_a_curated_pair_stands_against_an_uncurated_swap(tmp_path, home):
+    file = write(tmp_path / "a.jsonl", pair("q", "yes", "no"), pair("q", "no", "yes", None))
+    dataset = corpus.prepare([file], home, include_uncurated=True)
+    assert dataset.preferences()[0].chosen[0].content == "yes"
+    assert dataset.report["dpo"]["used"] == 1
+    assert [p["line"] for p in rejected(dataset)] == [2]
+    assert [p["line"] for p in warnings(dataset)] == [1]
+
+
+def test_conflicting_preferences_are_flagged_and_kept(tmp_path, home):
+    rows = [pair("q", "b", "c"), pair("q", "a", "b"), pair("other", "b", "a"), pair("q", "d", "e")]
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+    assert dataset.report["dpo"]["used"] == 4
+    assert [(p["line"], p["reason"]) for p in warnings(dataset)] == [
+        (1, "conflicting preferences: the reply chosen here is rejected in a.jsonl, line 2"),
+        (2, "conflicting preferences: the reply rejected here is chosen in a.jsonl, line 1"),
+    ]
+
+
+def test_a_reply_learned_in_sft_and_rejected_in_dpo_is_flagged(tmp_path, home):
+    rows = [sft("hi", "I am an AI.", "oh", "really"), sft("I am an AI.", "no"), pair("q", "a", " I am an AI.")]
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+    (problem,) = warnings(dataset)
+    assert (problem["line"], problem["reason"]) == (
+        1,
+        "an assistant's turn equals the rejected reply of a.jsonl, line 3",
+    )
+    assert dataset.report["sft"]["unique"] == 2
+
+
+@pytest.mark.parametrize(
+    ("longer", "shorter", "biased"), [(20, 0, True), (0, 20, True), (14, 6, False), (110, 50, True), (8, 0, False)]
+)
+def test_length_bias_is_flagged_when_length_alone_would_do(tmp_path, home, longer, shorter, biased):
+    rows = [pair(f"q{n}", "a much longer reply", "no") for n in range(longer)]
+    rows += [pair(f"r{n}", "no", "a much longer reply") for n in range(shorter)]
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home)
+    found = [p for p in warnings(dataset) if "length bias" in p["reason"]]
+    assert bool(found) is biased is dataset.report["dpo"]["lengths"]["biased"]
+    if biased:
+        share = longer / (longer + shorter)
+        assert f"longer one in {share:.0%} of {longer + shorter} pairs" in found[0]["reason"]
+        assert (found[0]["file"], found[0]["line"]) == ("", None)
+
+
+# ---------------------------------------------------------------------------------------------- tokens
+
+
+def test_percentiles_are_by_nearest_rank():
+    assert findings.spread(range(1, 101), 98) == {"p50": 50, "p90": 90, "p99": 99, "max": 100, "over_max_length": 2}
+    assert findings.spread([7], 7) == {"p50": 7, "p90": 7, "p99": 7, "max": 7, "over_max_length": 0}
+    assert findings.spread([], 7) is None
+
+
+def test_tokens_are_counted_by_the_template(tmp_path, home):
+    rows = [sft("w " * n, "w") for n in range(1, 11)] + [pair("a b", "c", "d e f"), pair("x", "y", "z", None)]
+    dataset = corpus.prepare(
+        [write(tmp_path / "a.jsonl", *rows)], home, template=WordCount(), base="words", max_length=10
+    )
+    tokens = dataset.report["tokens"]
+    assert tokens | {"pairs": None} == {
+        "p50": 6, "p90": 10, "p99": 11, "max": 11, "over_max_length": 1, "max_length": 10, "base": "words",
+        "pairs": None,
+    }  # fmt: skip
+    assert tokens["pairs"] == {"p50": 5, "p90": 5, "p99": 5, "max": 5, "over_max_length": 0}
+    (problem,) = warnings(dataset)
+    assert (problem["line"], problem["reason"]) == (10, "11 tokens; training cuts at 10")
+
+
+def test_tokens_of_pairs_alone(tmp_path, home):
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", pair("a b", "c", "d e f"))], home, template=WordCount())
+    assert dataset.report["tokens"]["p50"] == dataset.report["tokens"]["pairs"]["p50"] == 5
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_same_input_finds_the_same_dataset(tmp_path, home):
+    file = write(tmp_path / "a.jsonl", GOOD, "{")
+    first = corpus.prepare([file], home, name="k0")
+    again = corpus.prepare([file], home, name="k0")
+    assert first.path == again.path == home.datasets / f"k0-{first.fingerprint[:8]}"
+    assert first.report == again.report == corpus.load(home, first.id).report
+    assert [path.name for path in home.datasets.iterdir()] == [first.id]
+
+
+def test_a_report_never_speaks_of_other_input_or_options(tmp_path, home):
+    plain = corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home)
+    counted = corpus.prepare([tmp_path / "a.jsonl"], home, template=WordCount())
+    noisy = corpus.prepare([write(tmp_path / "b.jsonl", GOOD, GOOD, "{")], home)
+    assert plain.fingerprint == counted.fingerprint == noisy.fingerprint
+    assert [d.id.removeprefix(plain.id) for d in (plain, counted, noisy)] == ["", "-2", "-3"]
+    assert counted.report["tokens"]["max"] == 3
+    assert noisy.report["sft"]["rejected"] + noisy.report["unrecognised"] == 1
+
+
+def test_a_dataset_appears_whole_or_not_at_all(tmp_path, home):
+    class Broken(WordCount):
+        def count(self, conversation: Conversation) -> int:
+            raise DataError("cannot be rendered")
+
+    with pytest.raises(DataError, match="cannot be rendered"):
+        corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home, template=Broken())
+    assert not list(home.datasets.iterdir())
+    dataset = corpus.prepare([tmp_path / "a.jsonl"], home)
+    there = {path.name for path in dataset.path.iterdir()}
+    assert there == {"raw", "sft.jsonl", "dpo.jsonl", "rejects.jsonl", "report.json"}
+    assert [path.name for path in home.datasets.iterdir()] == [dataset.id]
+
+
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, home):
+    with (tmp_path / "huge.jsonl").open("wb") as file:
+        file.truncate(2**42)  # 4 TiB of nothing: a hole takes no room
+    with pytest.raises(DiskError, match="GB free"):
+        corpus.prepare([tmp_path / "huge.jsonl"], home)
+    assert not home.root.exists()
+
+
+def test_a_full_disk_is_an_error_that_keeps_nothing(tmp_path, home):
+    """A limit on file size stands for the disk: the kernel refuses the write in the same place."""
+    rows = [sft(f"question {n}", "x" * 1000) for n in range(2000)]
+    script = (
+        "import resource, signal, sys; from pathlib import Path; from katherine import corpus, errors, settings\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "try: corpus.prepare([Path(sys.argv[1])], settings.Home(Path(sys.argv[2])))\n"
+        "except errors.DiskError as error: print(error)"
+    )
+    command = [sys.executable, "-c", script, str(write(tmp_path / "a.jsonl", *rows)), str(home.root)]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert not list(home.datasets.iterdir())
+
+
+def test_an_unknown_or_damaged_dataset_is_named(tmp_path, home):
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home)
+    for wrong in ("nothing-00000000", "../datasets", ".", "", "a/b"):
+        with pytest.raises(NotFound, match=dataset.id):
+            corpus.load(home, wrong)
+    (dataset.path / "report.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        corpus.load(home, dataset.id)
+
+
+def test_a_name_that_is_no_file_name_is_refused(tmp_path, home):
+    for wrong in ("", "../x", ".x", "a b", "x" * 65):
+        with pytest.raises(DataError, match="cannot name a dataset"):
+            corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home, name=wrong)
+
+
+def test_preparing_takes_flat_memory_for_each_line(tmp_path):
+    """The promise of a million lines in 1 GB, at a hundredth: what a line adds is hashes and places, not text."""
+    script = (
+        "import resource, sys; from pathlib import Path; from katherine import corpus, settings\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "corpus.prepare([Path(sys.argv[1])], settings.Home(Path(sys.argv[2])))\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
+    )
+    rows = (sft(f"question {n}", f"{n} " * 1000) for n in range(10_000))
+    file = write(tmp_path / "a.jsonl", *rows)
+    command = [sys.executable, "-c", script, str(file), str(tmp_path / "home")]
+    grown = int(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
+    assert file.stat().st_size > 40e6
+    assert grown < 25e6
