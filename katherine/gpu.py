@@ -1,0 +1,89 @@
+"""What the NVIDIA driver says about its cards at this moment, through NVML. Reading only: what the figures mean is
+the doctor's to say, and torch is never asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from katherine.errors import SetupError
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReading:
+    """One card. None stands for what the card or its driver does not report.
+
+    memory_total, memory_used: bytes. utilisation: percent of the last sample period in which a kernel ran.
+    power, power_limit: watts. driver: its version. cuda: the newest CUDA that the driver runs, such as "12.8".
+    compute_capability: such as "9.0".
+    """
+
+    index: int
+    name: str
+    driver: str
+    cuda: str
+    compute_capability: str
+    memory_total: int | None
+    memory_used: int | None
+    utilisation: int | None
+    power: float | None
+    power_limit: float | None
+
+
+def read() -> list[GpuReading]:
+    """Every card of this machine, in the driver's order; [] where there is no NVIDIA driver.
+
+    Raises SetupError where a driver is there and does not answer.
+    """
+    try:
+        import pynvml as nvml
+    except ImportError:
+        return []
+    try:
+        nvml.nvmlInit()
+    except (nvml.NVMLError_LibraryNotFound, nvml.NVMLError_DriverNotLoaded):
+        return []
+    except nvml.NVMLError as error:
+        raise SetupError(_unwell(error)) from error
+    try:
+        driver = nvml.nvmlSystemGetDriverVersion()
+        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()  # 12080 stands for 12.8
+        version = f"{cuda // 1000}.{cuda % 1000 // 10}"
+        return [_card(nvml, index, driver, version) for index in range(nvml.nvmlDeviceGetCount())]
+    except nvml.NVMLError as error:
+        raise SetupError(_unwell(error)) from error
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _card(nvml: Any, index: int, driver: str, cuda: str) -> GpuReading:
+    card = nvml.nvmlDeviceGetHandleByIndex(index)
+
+    def reported(ask: Callable[[Any], Any]) -> Any:
+        try:
+            return ask(card)
+        except nvml.NVMLError_NotSupported:
+            return None
+
+    # The first version of this question counts what the driver keeps for itself as used.
+    memory = reported(lambda card: nvml.nvmlDeviceGetMemoryInfo(card, version=nvml.nvmlMemory_v2))
+    load = reported(nvml.nvmlDeviceGetUtilizationRates)
+    power = reported(nvml.nvmlDeviceGetPowerUsage)  # milliwatts, as the limit
+    limit = reported(nvml.nvmlDeviceGetEnforcedPowerLimit)
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(card)
+    return GpuReading(
+        index=index,
+        name=nvml.nvmlDeviceGetName(card),
+        driver=driver,
+        cuda=cuda,
+        compute_capability=f"{major}.{minor}",
+        memory_total=None if memory is None else int(memory.total),
+        memory_used=None if memory is None else int(memory.used),
+        utilisation=None if load is None else int(load.gpu),
+        power=None if power is None else power / 1000,
+        power_limit=None if limit is None else limit / 1000,
+    )
+
+
+def _unwell(error: Exception) -> str:
+    remedy = "Restart the machine, or choose another host if that does not help."
+    return f"The NVIDIA driver of this machine does not answer: {error}. {remedy}"
