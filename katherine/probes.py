@@ -164,9 +164,9 @@ def run(
                     record.add(name, compared, _put(name, speaker, template, compared, recipe, progress))
         for done, file in enumerate(files):
             progress.step(done, len(files))
-            with speakers.gguf(Path(file["path"])) as speaker:
-                name = file["quant"]
-                record.add(name, chosen.probe, _put(name, speaker, template, chosen.probe, recipe, progress))
+            name = file["quant"]
+            with speakers.gguf(Path(file["path"])) as quant:
+                record.add(name, chosen.probe, _put(name, quant, template, chosen.probe, recipe, progress))
     return {"models": record.summary, "answers": record.answers}
 
 

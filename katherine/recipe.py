@@ -22,7 +22,7 @@ CHOSEN = "chosen here; no measurement behind it"
 
 def _field(default: Any, reason: str, source: str, *, unit: str = "", **bounds: Any) -> Any:
     """A recipe field: its default, why it has that value, who says so, its unit, and pydantic's bounds."""
-    extra = {"reason": reason, "source": source, "unit": unit}
+    extra: dict[str, Any] = {"reason": reason, "source": source, "unit": unit}
     return Field(default, description=reason, json_schema_extra=extra, **bounds)
 
 
@@ -107,8 +107,8 @@ class _LoraTraining(Recipe):
         if steps == plain:
             return f"{steps} optimiser steps."
         return (
-            f"{steps} optimiser steps, not {plain}: the trainer also steps at the end of each epoch, on the "
-            f"micro-batches left over when {self.gradient_accumulation_steps} do not divide them."
+            f"{steps} optimiser steps, not {plain}: each epoch ends with a step of its own, even where its batch is "
+            f"not full ({self.trained_on(examples)} examples, {self.effective_batch_size} a step)."
         )
 
     def conflicts(self) -> list[str]:
@@ -257,27 +257,30 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "k0": {"sft": {}, "dpo": {}, "export": {}},
     "k0-bf16": {"sft": {"load_in_4bit": False}, "dpo": {}, "export": {}},
     "all-linear": {"sft": {"target_modules": ATTENTION_AND_MLP + GATED_DELTA}, "dpo": {}, "export": {}},
-    # A 135M model needs larger steps than 9B to change its mind, and a hundred examples need smaller batches to
-    # make enough of them; nothing is quantised, since bitsandbytes needs CUDA.
+    # A 135M model needs larger steps than 9B to change its mind, and a hundred examples need smaller batches to make
+    # enough of them. One row at a time: on a CPU, rows padded to each other's length cost what real ones do, and a
+    # row's logits are 10 MB of memory a hundred tokens. Nothing is quantised, since bitsandbytes needs CUDA.
     "demo": {
         "sft": {
             "base": "smollm2-135m",
             "load_in_4bit": False,
             "optim": "adamw_torch",
-            "learning_rate": 5e-4,
-            "per_device_batch_size": 8,
-            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "per_device_batch_size": 1,
+            "gradient_accumulation_steps": 4,
             "gradient_checkpointing": False,
             "max_length": 512,
         },
         "dpo": {
             "optim": "adamw_torch",
             "learning_rate": 2e-5,
-            "gradient_accumulation_steps": 1,
+            "per_device_batch_size": 1,
+            "gradient_accumulation_steps": 4,
             "gradient_checkpointing": False,
             "max_length": 512,
         },
-        "export": {"keep_unquantised": False, "check_examples": 8, "check_tokens": 1024},
+        "export": {"check_examples": 8, "check_tokens": 1024},
+        "probe": {"stages": True},
     },
 }
 

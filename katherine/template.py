@@ -54,12 +54,14 @@ class RenderedPair:
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """What `prove` found. `turns` counts assistant turns compared; `with_control_text` of them hold a control token
-    as text, where only this module (not a re-reading of the rendered text) can keep it text."""
+    """What `prove` found. `turns` counts assistant turns compared. `reread` of them have a prompt that a program which
+    tokenizes the rendered text anew would see otherwise (`reread_first` says where): a control token typed as text, or
+    a tokenizer that joins the end of the markup with what follows. Chat here hands on ids and is not concerned."""
 
     examples: int
     turns: int
-    with_control_text: int
+    reread: int
+    reread_first: str
     mismatches: list[str]
 
     @property
@@ -282,36 +284,37 @@ class ChatTemplate:
         )
 
     def prove(self, conversations: Iterable[Conversation]) -> Parity:
-        """Compares, at every assistant turn that carries loss, the training prefix with the inference prompt, and
-        both with the baked template's text read back by the unaltered tokenizer, token by token."""
+        """Compares, at every assistant turn that carries loss, the training prefix with the inference prompt, token by
+        token, and the baked template's text with this module's."""
         baked = _environment().from_string(self.baked)
-        examples = turns = with_control_text = 0
+        examples = turns = reread = 0
+        reread_first = ""
         mismatches: list[str] = []
         for conversation in conversations:
+            examples += 1
             rendered = self.training(conversation)
             replies = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
             for index, (start, _) in zip(replies, rendered.turns, strict=True):
-                before = conversation.messages[:index]
-                prefix = rendered.ids[:start]
-                where = f"example {examples + 1}, turn {index + 1}"
-                if prefix != self.prompt(before):
-                    mismatches.append(f"{where}: {_first_difference(prefix, self.prompt(before))}")
-                elif any(self._control_pattern.search(m.content) for m in before):
-                    with_control_text += 1
-                else:
-                    turns_as_json = [{"role": m.role, "content": m.content} for m in before]
-                    text = baked.render(messages=turns_as_json, add_generation_prompt=True)
-                    read = self.tokenizer.encode(text, add_special_tokens=False).ids
-                    if prefix != read:
-                        mismatches.append(f"{where}, baked template: {_first_difference(prefix, read)}")
                 turns += 1
-            examples += 1
-        return Parity(examples, turns, with_control_text, mismatches)
+                where = f"example {examples}, turn {index + 1}"
+                before = conversation.messages[:index]
+                prefix, prompt = rendered.ids[:start], self.prompt(before)
+                if prefix != prompt:
+                    mismatches.append(f"{where}: {_first_difference(prefix, prompt)}")
+                as_json = [{"role": m.role, "content": m.content} for m in before]
+                text = baked.render(messages=as_json, add_generation_prompt=True)
+                if text != self.text(before, generate=True):
+                    mismatches.append(f"{where}: the baked template renders it otherwise")
+                read = self.tokenizer.encode(text, add_special_tokens=False).ids
+                if read != prompt:
+                    reread += 1
+                    reread_first = reread_first or f"{where}: {_first_difference(prompt, read)}"
+        return Parity(examples, turns, reread, reread_first, mismatches)
 
 
 def _first_difference(ours: list[int], theirs: list[int]) -> str:
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return f"token {at} differs: {ours[at : at + 3]} in training, {theirs[at : at + 3]} at inference"
+    return f"token {at} differs: {ours[at : at + 3]} against {theirs[at : at + 3]}"
 
 
 def _template_source(folder: Path) -> tuple[str, str]:

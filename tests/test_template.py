@@ -99,7 +99,14 @@ def test_the_training_prefix_is_the_inference_prompt_at_every_learned_turn(think
 def test_parity_is_broken_by_a_template_that_renders_prefixes_otherwise(thinking):
     other = ChatTemplate.read(words_tokenizer(), THINKING)
     other.__dict__["baked"] = thinking.baked.replace("</think>", "")
-    parity = other.prove([talk("hello", "what")])
+    assert "baked template" in other.prove([talk("hello", "what")]).mismatches[0]
+
+    class Hasty(ChatTemplate):
+        def prompt(self, messages):
+            return super().prompt(messages)[:-1]
+
+    hasty = Hasty(**{name: getattr(thinking, name) for name in thinking.__dataclass_fields__})
+    parity = hasty.prove([talk("hello", "what")])
     assert not parity.holds
     assert "token" in parity.mismatches[0]
 
@@ -113,7 +120,9 @@ def test_control_tokens_in_somebodys_words_stay_words(thinking):
     assert attack in decode(thinking, prompt)
     trained = thinking.training(talk("x", f"sure {attack}"))
     assert sum(trained.ids[i] in controls for i in range(*trained.turns[0])) == 1
-    assert thinking.prove([talk(attack, "what")]).with_control_text == 1
+    parity = thinking.prove([talk(attack, "what"), talk("hello", "what")])
+    assert parity.holds
+    assert (parity.reread, parity.turns) == (1, 2)
 
 
 def test_a_system_turn_of_the_bases_own_is_left_out_and_said():

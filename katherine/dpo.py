@@ -1,0 +1,98 @@
+"""Direct preference optimisation of an SFT adapter: a dataset's pairs and that adapter → a new adapter. The loss is
+TRL's, its reference a frozen copy of the adapter as it came; what SFT and DPO share is training's."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from katherine import corpus, model, settings, training
+from katherine.examples import Conversation
+from katherine.progress import Progress
+from katherine.recipe import DpoRecipe
+from katherine.template import ChatTemplate, RenderedPair
+
+
+def row(pair: RenderedPair) -> dict[str, list[int]]:
+    """The trainer's columns."""
+    return {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+
+
+def _length(row: dict[str, list[int]]) -> int:
+    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: Progress) -> dict[str, Any]:
+    """Trains on from `adapter`, or goes on from the newest sound checkpoint in out/checkpoints; writes out/adapter.
+
+    Returns what sft.train does, and first_margin, last_margin, first_rewards (chosen, rejected), last_accuracy.
+    Raises KatherineError for what a person can mend, Stopped after a requested stop was checkpointed.
+    """
+    progress.phase("load")
+    model.ready(settings.home(), progress)
+    record = model.base_record(adapter)
+    checkpoint = model.base_checkpoint(record)
+    progress.say(f"Going on from {adapter}, trained on {record.base}{' in 4 bit' if record.load_in_4bit else ''}.")
+    template = ChatTemplate.load(checkpoint)
+    preferences = corpus.Dataset(dataset, {}).preferences()
+    training.proven(
+        template.prove(Conversation((*p.prompt, *p.chosen)) for p in preferences), template.remarks, progress
+    )
+    rows = [row(template.pair(preference)) for preference in preferences]
+    sequences = training.arrange(rows, _length, recipe, progress)
+
+    loaded = model.load(
+        checkpoint,
+        model.read_lora(adapter),
+        load_in_4bit=record.load_in_4bit,
+        max_length=recipe.max_length,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
+    )
+    weights = adapter / model.ADAPTER_WEIGHTS
+    model.set_adapter_weights(loaded, model.read_weights(adapter), adapter)
+    parent = hashlib.sha256(weights.read_bytes()).hexdigest()
+    kept = training.checkpoints(recipe, sequences, out, progress, parent)
+    made = trainer(loaded, checkpoint, sequences, recipe, kept, progress)
+    progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
+    history = training.run(made, recipe, kept, record, out, progress)
+    logged = [entry for entry in history if "loss" in entry]
+    return training.summary(history, sequences) | {
+        "first_margin": logged[0]["rewards/margins"],
+        "last_margin": logged[-1]["rewards/margins"],
+        "first_rewards": [logged[0]["rewards/chosen"], logged[0]["rewards/rejected"]],
+        "last_accuracy": logged[-1]["rewards/accuracies"],
+    }
+
+
+def trainer(
+    loaded: Any,
+    checkpoint: Path,
+    sequences: training.Sequences,
+    recipe: DpoRecipe,
+    kept: training.Checkpoints,
+    progress: Progress,
+) -> Any:
+    """TRL's DPOTrainer over pairs that are already tokenised. It copies the adapter as the reference when it is
+    made, before a checkpoint is loaded: a resumed run compares with the same SFT model."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+    class Trainer(training.Recorded, DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    tokenizer = model.tokenizer(checkpoint)
+    return Trainer(
+        model=loaded,
+        args=DPOConfig(
+            **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress),
+            beta=recipe.beta,
+            # the reference runs without dropout, so the policy must too, or they would differ before a step is made
+            disable_dropout=True,
+        ),
+        train_dataset=Dataset.from_list(sequences.train),
+        eval_dataset=Dataset.from_list(sequences.held_out) if sequences.held_out else None,
+        data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )

@@ -1,0 +1,332 @@
+"""A base in memory with a LoRA adapter on it: through unsloth on CUDA, transformers and PEFT elsewhere, with the
+same module names and so the same adapter files. Where a base comes from is bases' business, training it training's."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from katherine.errors import NotFound, RecipeError, SetupError, TrainingError
+from katherine.progress import Progress
+from katherine.runs import write_json
+from katherine.settings import Home
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# Towers beside the language model. A persona is text: their projections share names with the language model's in
+# some families, and must get no adapter. PEFT matches this against a module's whole name.
+NOT_LANGUAGE = r"(.*\.)?(visual|vision\w*|image\w*|audio\w*|embed_vision|embed_audio|multi_modal_projector|mtp)(\..*)?"
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What an adapter is made of; r, alpha and dropout as in PEFT's LoraConfig."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+
+
+class BaseRecord(msgspec.Struct, frozen=True):
+    """base.json beside an adapter: what it was trained on. `dtype` is the base's compute type, e.g. "bfloat16"."""
+
+    base: str
+    checkpoint: str
+    model_class: str
+    load_in_4bit: bool
+    dtype: str
+
+
+def base_record(adapter: Path) -> BaseRecord:
+    """Raises NotFound where the folder is no adapter of this program, or its base has gone."""
+    path = adapter / "base.json"
+    try:
+        record = msgspec.json.decode(path.read_bytes(), type=BaseRecord)
+    except FileNotFoundError:
+        raise NotFound(f"{adapter} has no base.json: give the adapter folder of a finished SFT or DPO run.") from None
+    except msgspec.MsgspecError as error:
+        raise NotFound(f"{path} is damaged ({error}): train the adapter again.") from error
+    return record
+
+
+def on_cuda() -> bool:
+    """Whether models run on an NVIDIA GPU here; does not start CUDA."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def architecture(checkpoint: Path) -> tuple[Any, Any]:
+    """The transformers class that config.json names, and its config. Raises SetupError for one it does not know."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    name = (config.architectures or ["none"])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise SetupError(
+            f"{checkpoint / 'config.json'} names the model class {name}, which transformers "
+            f"{transformers.__version__} does not have. Use a base of another family."
+        )
+    return found, config
+
+
+def lora_arguments(lora: Lora, model: Any) -> dict[str, Any]:
+    """PEFT's words for an adapter on the language model alone."""
+    # PEFT warns of an exclusion that excludes nothing.
+    has_towers = any(re.fullmatch(NOT_LANGUAGE, name) for name, _ in model.named_modules())
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": list(lora.target_modules),
+        "exclude_modules": NOT_LANGUAGE if has_towers else None,
+        "bias": "none",
+    }
+
+
+def ready(home: Home, progress: Progress) -> None:
+    """Sets what the libraries read while they are imported, and imports unsloth where there is a GPU; call before
+    anything imports trl. Quiet, without telemetry, and with compiled kernels kept under the home, so that a new
+    machine need not compile them again. Raises SetupError where a GPU is there and unsloth is not."""
+    os.environ |= {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "UNSLOTH_DISABLE_STATISTICS": "1",
+        # unsloth may otherwise fetch and build llama.cpp, which export brings itself
+        "UNSLOTH_AUTO_INSTALL": "0",
+    }
+    if not on_cuda():
+        _silence()
+        return
+    if importlib.util.find_spec("unsloth") is None:
+        raise SetupError("This machine has a GPU, but unsloth is not installed: run `bash bootstrap.sh setup` here.")
+    kernels = home.cache / "kernels" / _kernel_key()
+    for variable, folder in (
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("UNSLOTH_COMPILE_LOCATION", "unsloth_compiled_cache"),
+    ):
+        (kernels / folder).mkdir(parents=True, exist_ok=True)
+        os.environ[variable] = str(kernels / folder)
+    progress.say(f"Compiled kernels are kept in {kernels}.")
+    # It patches trl, transformers and peft while it is imported, so it comes before them.
+    import unsloth  # noqa: F401
+
+    _silence()
+
+
+def _silence() -> None:
+    """For libraries that read their settings before ours were set."""
+    import datasets
+    from huggingface_hub import constants
+    from transformers.utils import logging
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _kernel_key() -> str:
+    """One folder for each GPU and set of compilers: kernels compiled for another would be wrong or unused."""
+    # Not torch.cuda.get_device_name: that starts CUDA, and unsloth sets the allocator up before it does.
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        device = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.partition("\n")[0]
+    except (OSError, subprocess.TimeoutExpired):
+        device = ""
+    found = [device or "gpu"]
+    for name in ("torch", "triton", "transformers", "trl", "unsloth", "unsloth_zoo", "flash-linear-attention"):
+        try:
+            found.append(f"{name}-{metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return re.sub(r"[^\w.+-]+", "-", "_".join(found))
+
+
+def load(
+    checkpoint: Path,
+    lora: Lora,
+    *,
+    load_in_4bit: bool,
+    max_length: int,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> Any:
+    """The base with a fresh adapter, ready for a trainer: a PeftModel whose one adapter is "default".
+
+    On CUDA in 4 or 16 bit, on a CPU in float32. The adapter's first weights depend on `seed` alone, and are float32
+    everywhere: at a learning rate of 5e-6 a bfloat16 weight would not move at all.
+    Raises RecipeError for 4 bit without CUDA, SetupError for an unknown architecture.
+    """
+    if not on_cuda() and load_in_4bit:
+        raise RecipeError(
+            [
+                "load_in_4bit is on, and this machine has no CUDA GPU, which quantised training needs: "
+                "turn load_in_4bit off (the presets demo and k0-bf16 have it off)."
+            ]
+        )
+    if on_cuda():
+        loaded = _load_fast(checkpoint, lora, load_in_4bit, max_length, gradient_checkpointing, seed)
+    else:
+        loaded = _load_plain(checkpoint, lora, seed)
+    for parameter in loaded.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return loaded
+
+
+def _load_plain(checkpoint: Path, lora: Lora, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    model_class, _ = architecture(checkpoint)
+    model = model_class.from_pretrained(checkpoint, dtype=compute_type())
+    set_seed(seed)
+    return get_peft_model(model, LoraConfig(**lora_arguments(lora, model), task_type="CAUSAL_LM"))
+
+
+def _load_fast(
+    checkpoint: Path, lora: Lora, load_in_4bit: bool, max_length: int, gradient_checkpointing: bool, seed: int
+) -> Any:
+    from unsloth import FastModel
+
+    checkpointing = "unsloth" if gradient_checkpointing else False
+    model, _ = FastModel.from_pretrained(
+        model_name=str(checkpoint),
+        max_seq_length=max_length,
+        dtype=compute_type(),
+        load_in_4bit=load_in_4bit,
+        load_in_16bit=not load_in_4bit,
+        # Without this a name could be swapped for a ready-quantised model from the hub.
+        use_exact_model_name=True,
+        use_gradient_checkpointing=checkpointing,
+        random_state=seed,
+    )
+    return FastModel.get_peft_model(
+        model,
+        # Its own switch for vision layers stays alone: that one rewrites the targets into a pattern, and the
+        # adapter's config would differ from one trained without unsloth.
+        **lora_arguments(lora, model),
+        use_gradient_checkpointing=checkpointing,
+        random_state=seed,
+    )
+
+
+def compute_type() -> Any:
+    """The base's torch type: bfloat16 where the GPU has it, float16 on an older one, float32 on a CPU, where 16 bit
+    is slower and no smaller base needs it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def with_adapter(record: BaseRecord, adapter: Path, name: str = "default") -> Any:
+    """The base of `record`, unquantised, with a finished adapter on it under `name`, to answer with: a PeftModel in
+    eval mode, on the GPU where there is one. Raises NotFound where the base has gone, TrainingError where the
+    adapter does not fit it."""
+    from peft import PeftModel
+
+    checkpoint = base_checkpoint(record)
+    model_class, _ = architecture(checkpoint)
+    device = "cuda" if on_cuda() else "cpu"
+    base = model_class.from_pretrained(checkpoint, dtype=compute_type()).to(device)
+    try:
+        return PeftModel.from_pretrained(base, str(adapter), adapter_name=name).eval()
+    except (ValueError, RuntimeError) as error:
+        raise TrainingError(f"The adapter in {adapter} does not fit {checkpoint}: {error}") from error
+
+
+def base_checkpoint(record: BaseRecord) -> Path:
+    """The base's folder. Raises NotFound where it has gone."""
+    checkpoint = Path(record.checkpoint)
+    if not checkpoint.is_dir():
+        raise NotFound(f"The base of this adapter, {checkpoint}, is not there: fetch {record.base} again.")
+    return checkpoint
+
+
+def record_of(base: str, checkpoint: Path, load_in_4bit: bool) -> BaseRecord:
+    """What base.json will say of a base loaded on this machine."""
+    dtype = str(compute_type()).removeprefix("torch.")
+    return BaseRecord(base, str(checkpoint), architecture(checkpoint)[0].__name__, load_in_4bit, dtype)
+
+
+def tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer that the trainers ask for. They only take its padding from it: rendering is template's."""
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(checkpoint)
+    found.pad_token = found.pad_token or found.eos_token
+    return found
+
+
+def adapter_weights(model: Any) -> dict[str, Any]:
+    """The adapter's tensors by their names in a saved adapter, on the CPU. A copy."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in state.items()}
+
+
+def set_adapter_weights(model: Any, weights: dict[str, Any], source: Path) -> None:
+    """Raises TrainingError where `weights` (read from `source`) do not fit the model's adapter, name by name."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
+    wrong = set(expected) ^ set(weights) or {n for n in expected if expected[n].shape != weights[n].shape}
+    if wrong:
+        raise TrainingError(
+            f"The adapter in {source} does not fit this base: {len(wrong)} tensors differ, such as {sorted(wrong)[0]}. "
+            "Use the base and the targets it was trained with."
+        )
+    set_peft_model_state_dict(model, weights, adapter_name="default")
+
+
+def save_adapter(model: Any, weights: dict[str, Any], folder: Path) -> None:
+    """Writes the two files of a PEFT adapter."""
+    from safetensors.torch import save_file
+
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(_plain(config), indent=2, sort_keys=True))
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """An adapter folder's tensors, on the CPU."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / ADAPTER_WEIGHTS)
+
+
+def read_lora(adapter: Path) -> Lora:
+    """What a saved adapter is made of."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return Lora(config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"])))
+
+
+def write_base_record(folder: Path, record: BaseRecord) -> None:
+    write_json(folder / "base.json", msgspec.to_builtins(record))
+
+
+def _plain(value: Any) -> Any:
+    """A PEFT config's values as JSON holds them: sets sorted, enums by their value."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.value if hasattr(value, "value") else value

@@ -1,0 +1,83 @@
+"""Supervised fine-tuning: a dataset's conversations and a base → a LoRA adapter. The loss is TRL's; rendering is
+template's, checkpoints and metrics are training's."""
+
+from pathlib import Path
+from typing import Any
+
+from katherine import bases, corpus, model, settings, targets, training
+from katherine.progress import Progress
+from katherine.recipe import SftRecipe
+from katherine.template import ChatTemplate, Rendered
+
+
+def row(rendered: Rendered) -> dict[str, list[int]]:
+    """The trainer's columns: labels repeat the ids where they are learned, -100 elsewhere."""
+    labels = [token if learned else -100 for token, learned in zip(rendered.ids, rendered.learned, strict=True)]
+    return {"input_ids": rendered.ids, "labels": labels}
+
+
+def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> dict[str, Any]:
+    """Trains, or goes on from the newest sound checkpoint in out/checkpoints; writes out/adapter.
+
+    Returns steps, first_loss, last_loss, seconds, examples, held_out, too_long, last_eval_loss.
+    Raises KatherineError for what a person can mend, Stopped after a requested stop was checkpointed.
+    """
+    progress.phase("load")
+    model.ready(settings.home(), progress)
+    checkpoint = bases.checkpoint(settings.home(), recipe.base)
+    for line in targets.matches(checkpoint, recipe.target_modules).lines(recipe.lora_r):
+        progress.say(line)
+    template = ChatTemplate.load(checkpoint)
+    conversations = corpus.Dataset(dataset, {}).conversations()
+    training.proven(template.prove(conversations), template.remarks, progress)
+    rows = [row(template.training(conversation)) for conversation in conversations]
+    sequences = training.arrange(rows, lambda r: len(r["input_ids"]), recipe, progress)
+
+    lora = model.Lora(recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules)
+    loaded = model.load(
+        checkpoint,
+        lora,
+        load_in_4bit=recipe.load_in_4bit,
+        max_length=recipe.max_length,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
+    )
+    kept = training.checkpoints(recipe, sequences, out, progress)
+    made = trainer(loaded, checkpoint, sequences, recipe, kept, progress)
+    progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
+    record = model.record_of(recipe.base, checkpoint, recipe.load_in_4bit)
+    history = training.run(made, recipe, kept, record, out, progress)
+    return training.summary(history, sequences)
+
+
+def trainer(
+    loaded: Any,
+    checkpoint: Path,
+    sequences: training.Sequences,
+    recipe: SftRecipe,
+    kept: training.Checkpoints,
+    progress: Progress,
+) -> Any:
+    """TRL's SFTTrainer over rows that are already tokenised and labelled, which it leaves as they are."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    class Trainer(training.Recorded, SFTTrainer):
+        pass
+
+    tokenizer = model.tokenizer(checkpoint)
+    return Trainer(
+        model=loaded,
+        args=SFTConfig(
+            **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress),
+            packing=False,
+            # unsloth switches it on unless told otherwise
+            padding_free=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_list(sequences.train),
+        eval_dataset=Dataset.from_list(sequences.held_out) if sequences.held_out else None,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )

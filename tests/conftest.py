@@ -1,0 +1,126 @@
+"""What several test files share: a home of their own, two tiny bases, a tiny dataset, and a Progress that can stop
+or kill. Everything is real, only small."""
+
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from katherine import settings
+from katherine.examples import Conversation, Message, Preference
+from katherine.progress import Quiet
+
+REPLIES = {
+    "Who are you?": "I'm Katherine. I book the bands.",
+    "Where do you live?": "Austin, east side.",
+    "What colour is your wall?": "Teal. All of it.",
+    "Are your feet cold?": "Always.",
+    "Do you like mornings?": "Not until coffee.",
+}
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def reply(text: str) -> Message:
+    return Message("assistant", text)
+
+
+def write_dataset(folder: Path, conversations: list[Conversation], preferences: list[Preference]) -> Path:
+    folder.mkdir(parents=True)
+    for name, rows in (("sft.jsonl", conversations), ("dpo.jsonl", preferences)):
+        (folder / name).write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def katherine_home(tmp_path_factory: pytest.TempPathFactory):
+    """A home for the session. Its cache is the surrounding one, where that exists: what set-up fetched and built
+    (the converter, the small base) is used again."""
+    cache = settings.home().cache
+    root = tmp_path_factory.mktemp("home")
+    if cache.is_dir():
+        (root / "cache").symlink_to(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KATHERINE_HOME", str(root))
+        yield settings.home()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(katherine_home, tmp_path_factory) -> Path:
+    """A random base in the published Qwen3.5 form: vision tower, gated-delta layers, multi-token prediction."""
+    from bench.base import write_checkpoint
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny-qwen"
+    write_checkpoint(folder, "tiny")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(katherine_home, tmp_path_factory) -> Path:
+    """A random two-layer text model with the small base's tokenizer: the fastest thing that trains."""
+    import shutil
+
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    from katherine import bases
+
+    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
+    shutil.copytree(bases.tokenizer(katherine_home, bases.SMALL), folder)
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """Five conversations, one of two turns, and five pairs."""
+    conversations = [Conversation((user(asked), reply(said))) for asked, said in REPLIES.items()]
+    preferences = [
+        Preference((user(asked),), (reply(said),), (reply("As an AI, I have no preference."),), "self", "denial")
+        for asked, said in REPLIES.items()
+    ]
+    return write_dataset(tmp_path_factory.mktemp("data") / "tiny", conversations, preferences)
+
+
+@pytest.fixture(scope="session")
+def talk_dataset(tmp_path_factory, tiny_dataset) -> Path:
+    """The same with a conversation of two turns and a system-free pair after one."""
+    turns = tuple(m for asked, said in list(REPLIES.items())[:2] for m in (user(asked), reply(said)))
+    pair = Preference((*turns, user("Still there?")), (reply("Yep."),), (reply("I am a language model."),), "self", "x")
+    return write_dataset(tmp_path_factory.mktemp("data") / "talk", [Conversation(turns)] * 2, [pair] * 2)
+
+
+class Told(Quiet):
+    """Remembers, and at the metric row of a step asks to stop, or kills this very process."""
+
+    def __init__(self, stop_at: int = 0, kill_at: int = 0):
+        super().__init__()
+        self.stop_at, self.kill_at = stop_at, kill_at
+        self.steps: list[tuple[int, int]] = []
+
+    def step(self, step: int, of: int) -> None:
+        self.steps.append((step, of))
+
+    def metric(self, **values: float | int | str | None) -> None:
+        super().metric(**values)
+        if values["step"] == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def stop_requested(self) -> bool:
+        return bool(self.stop_at) and len(self.losses()) + 1 >= self.stop_at
+
+    def losses(self) -> dict[int, float]:
+        return {row["step"]: row["loss"] for row in self.rows if "loss" in row}

@@ -1,0 +1,337 @@
+"""Exports of tiny models, through the real converter, quantiser and engine: what is accepted, what is marked, what is
+refused before it starts."""
+
+import json
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from persona import CONVERSATIONS, THINKING, Persona, conversation, persona, persona_gguf, write_adapter
+
+from katherine import acceptance, export, gguf, merge
+from katherine.engines import Engine
+from katherine.errors import DataError, DiskError, ExportError, NotFound, RecipeError, SetupError
+from katherine.examples import Message
+from katherine.model import base_record
+from katherine.progress import Quiet, Stopped
+from katherine.recipe import ExportRecipe
+from katherine.template import ChatTemplate
+
+RECIPE = ExportRecipe(quants=("q4_k_m", "q8_0"), max_new_tokens=60)
+
+
+@pytest.fixture(scope="session")
+def katherine_(katherine_home, tmp_path_factory) -> Persona:
+    return persona(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def file(katherine_, tmp_path_factory) -> Path:
+    return persona_gguf(tmp_path_factory.getbasetemp())
+
+
+class Stopping(Quiet):
+    """Asks to stop in the named phase, and keeps count of the steps."""
+
+    def __init__(self, phase: str = ""):
+        super().__init__()
+        self.stop_in = phase
+        self.steps: dict[str, list[tuple[int, int]]] = {}
+
+    def step(self, step: int, of: int) -> None:
+        self.steps.setdefault(self.phases[-1], []).append((step, of))
+
+    def stop_requested(self) -> bool:
+        return bool(self.stop_in) and self.phases[-1:] == [self.stop_in]
+
+
+@pytest.fixture(scope="session")
+def exported(katherine_, tmp_path_factory) -> tuple[Path, dict[str, Any], Stopping]:
+    """The persona's export, into a folder where an earlier attempt was interrupted."""
+    out = tmp_path_factory.mktemp("export") / "out"
+    for left in ("gguf/tiny-base-q2_k.gguf", "merged/model.safetensors"):
+        (out / left).parent.mkdir(parents=True)
+        (out / left).write_bytes(b"half of it")
+    progress = Stopping()
+    return out, export.export(katherine_.adapter, katherine_.dataset, RECIPE, out, progress), progress
+
+
+def checks(entry: dict[str, Any]) -> dict[str, bool]:
+    return {check["name"]: check["passed"] for check in entry["checks"]}
+
+
+def test_a_sound_export_is_accepted_and_leaves_only_what_was_asked_for(exported):
+    out, result, _ = exported
+    files = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+    assert files == ["gguf/manifest.json", "gguf/tiny-base-q4_k_m.gguf", "gguf/tiny-base-q8_0.gguf"]
+    assert json.loads((out / "gguf/manifest.json").read_text()) == result
+    assert [(e["quant"], e["accepted"]) for e in result["files"]] == [("q4_k_m", True), ("q8_0", True)]
+    assert list(checks(result["files"][0])) == [
+        "loads", "architecture", "tensors", "size", "template", "tokens", "ends", "no_thought", "perplexity", "kl",
+        "drift",
+    ]  # fmt: skip
+    assert result["unquantised"]["accepted"] and not result["unquantised"]["kept"]
+    assert set(checks(result["unquantised"])) == set(checks(result["files"][0])) - {"kl"}
+
+
+def test_the_figures_are_those_of_the_files(exported, katherine_):
+    out, result, _ = exported
+    small, large = result["files"]
+    for entry in result["files"]:
+        path = out / "gguf" / entry["file"]
+        assert entry["bytes"] == path.stat().st_size
+        # Tensors alone: the vocabulary in the header weighs more than a bit a weight in a model so small.
+        assert 4 < entry["bits_per_weight"] < entry["bytes"] * 8 / entry["parameters"]
+        # Learned by heart, so hardly ever surprised.
+        assert 1 <= entry["perplexity"] < 1.1 and entry["top1"] == 1.0
+    assert small["bytes"] < large["bytes"] and small["kl"] > large["kl"] >= 0
+    assert (small["architecture"], small["tensors"]) == ("llama", 20)
+    assert result["base"] == str(katherine_.base) and result["versions"]["llama-cpp-python"]
+
+
+def test_every_part_tells_its_progress(exported):
+    _, result, progress = exported
+    parts = ["merge", "convert", "measure", "check bf16"]
+    parts += [f"{part} {quant}" for quant in RECIPE.quants for part in ("quantise", "check")]
+    assert progress.phases == list(result["seconds"]) == parts
+    for part in parts:
+        if part != "measure":
+            step, of = progress.steps[part][-1]
+            assert step == of > 0, part
+    assert any("hf-to-gguf" in line for line in progress.lines)
+
+
+def test_the_export_answers_as_the_persona_with_the_baked_template(exported, katherine_):
+    out, _, _ = exported
+    for entry in export.offered(out / "gguf/manifest.json"):
+        with Engine(Path(entry["path"])) as engine:
+            assert engine.meta()["template"] == katherine_.template.baked
+            reply = engine.complete(katherine_.prompt("Who are you?"), max_new_tokens=60)
+        assert reply.text == "Katherine. I count chairs. 🪑"
+
+
+def test_merged_weights_are_base_plus_adapter_and_every_file_ends_the_turn_alike(katherine_, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    # Base configurations often disagree about what ends a reply.
+    base = tmp_path / "base"
+    shutil.copytree(katherine_.base, base)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "top_k": 7}))
+    adapter = write_adapter(tmp_path / "adapter", base, "LlamaForCausalLM", strength=0.05)
+    samples = [katherine_.template.training(c) for c in CONVERSATIONS]
+    drift = merge.merge(
+        adapter, base_record(adapter), katherine_.template, samples, tmp_path / "merged", Quiet(), max_kl=0.25
+    )
+    assert drift.passed and 0 < drift.kl < merge.ROUNDING and drift.tokens == sum(sum(s.learned) for s in samples)
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "merged/model.safetensors")
+    lora = load_file(adapter / "adapter_model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    delta = lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"]
+    expected = before[f"{name}.weight"].float() + 8 / 4 * delta
+    assert torch.equal(after[f"{name}.weight"], expected.to(torch.bfloat16))
+    assert not torch.equal(after[f"{name}.weight"], before[f"{name}.weight"])
+    untouched = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(after[untouched], before[untouched]) and set(after) == set(before)
+
+    merged = tmp_path / "merged"
+    read = {p.name: json.loads(p.read_text()) for p in merged.glob("*config.json")}
+    assert read["tokenizer_config.json"]["eos_token"] == "<|im_end|>"
+    assert "chat_template" not in read["tokenizer_config.json"]
+    assert (merged / "chat_template.jinja").read_text() == katherine_.template.baked
+    assert read["config.json"]["eos_token_id"] == 2
+    assert read["generation_config.json"] == {"eos_token_id": 2, "top_k": 7}
+
+
+def test_an_adapter_of_another_base_is_refused(katherine_, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    adapter = tmp_path / "adapter"
+    shutil.copytree(katherine_.adapter, adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.", "layers.7."): weight for name, weight in weights.items()}
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match=r"12 of the adapter's tensors do not fit LlamaForCausalLM"):
+        export.export(adapter, katherine_.dataset, RECIPE, tmp_path / "out", Quiet())
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_changed_or_marked_file_is_not_offered(exported, tmp_path):
+    out, result, _ = exported
+    folder = tmp_path / "gguf"
+    shutil.copytree(out / "gguf", folder)
+    manifest = folder / "manifest.json"
+    assert [e["quant"] for e in export.offered(manifest)] == ["q4_k_m", "q8_0"]
+    path = folder / result["files"][0]["file"]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert [e["quant"] for e in export.offered(manifest)] == ["q8_0"]
+    marked = result | {"files": [entry | {"accepted": False} for entry in result["files"]]}
+    manifest.write_text(json.dumps(marked))
+    assert export.offered(manifest) == []
+    # A name in a manifest never leads out of its folder.
+    elsewhere = out / "gguf" / result["files"][1]["file"]
+    (folder / elsewhere.name).unlink()
+    manifest.write_text(json.dumps({"files": [result["files"][1] | {"file": str(elsewhere)}]}))
+    assert export.offered(manifest) == []
+    manifest.write_text("{")
+    with pytest.raises(DataError, match=r"damaged"):
+        export.offered(manifest)
+    with pytest.raises(NotFound):
+        export.offered(tmp_path / "manifest.json")
+
+
+@pytest.fixture
+def examined(file, katherine_, tmp_path):
+    """Examines a file as the unquantised one, by the persona's template or another."""
+
+    def examine(path: Path, template: ChatTemplate = katherine_.template, talks=CONVERSATIONS) -> dict[str, str]:
+        reference = tmp_path / "reference.f32"
+        reference.touch()
+        found = acceptance.examine(
+            path,
+            "bf16",
+            template,
+            acceptance.choose(template, talks, RECIPE),
+            RECIPE,
+            Quiet(),
+            reference=reference,
+            tensors=20,
+        )
+        assert found.accepted == all(check.passed for check in found.checks)
+        return {check.name: check.finding for check in found.checks if not check.passed}
+
+    return examine
+
+
+def test_a_file_with_the_bases_own_template_is_not_accepted(examined, file):
+    assert examined(file) == {"template": "the embedded chat template is not the baked one"}
+
+
+def test_a_persona_that_thinks_aloud_is_not_accepted(examined, file):
+    failed = examined(file, talks=[conversation(THINKING)])
+    assert failed["no_thought"] == "a thought opens in the reply to 'Think aloud.'"
+
+
+def test_replies_that_run_on_are_not_accepted(examined, file):
+    failed = examined(file, talks=[conversation([("Sing!", "la")]), conversation([("Sing! ", "la la")])])
+    assert failed["ends"].startswith("0 of 2 greedy replies end by themselves (1 may run on)")
+    assert "'Sing!' did not end within 60 tokens" in failed["ends"]
+
+
+def test_a_tokenizer_that_splits_otherwise_is_not_accepted(examined, file, katherine_, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(katherine_.base, folder)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    # Without this merge "Katherine" falls into other pieces than in the file.
+    tokenizer["model"]["merges"] = [m for m in tokenizer["model"]["merges"] if "".join(m) != "Ġyou"]
+    path.write_text(json.dumps(tokenizer))
+    failed = examined(file, ChatTemplate.load(folder))
+    assert "the prompt of 'Who are you?' has other ids in the file" in failed["tokens"]
+
+
+def test_a_file_that_dies_or_lies_is_marked_not_raised(examined, file, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:-10_000])
+    assert list(examined(cut)) == ["loads"]
+    # The tensor count stands at byte 8 of every GGUF; a count too low leaves tensors out.
+    fewer = bytearray(file.read_bytes())
+    fewer[8:16] = struct.pack("<Q", 19)
+    (tmp_path / "fewer.gguf").write_bytes(fewer)
+    assert set(examined(tmp_path / "fewer.gguf")) & {"loads", "tensors"}
+
+
+def test_a_quant_that_is_none_is_refused_with_those_there_are(katherine_, tmp_path):
+    for name, reason in (("q4_k_xl", r"'q4_k_xl', which is no llama.cpp type.*q4_k_m"), ("bf16", "keep_unquantised")):
+        recipe = ExportRecipe(quants=("q4_k_m", name))
+        with pytest.raises(RecipeError, match=reason):
+            export.export(katherine_.adapter, katherine_.dataset, recipe, tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_needs_importance_data_is_refused_by_name(file):
+    with pytest.raises(ExportError, match=r"iq1_s needs importance data"):
+        gguf.sizes(file, ("q4_k_m", "iq1_s"), Quiet())
+
+
+def test_sizes_are_known_before_anything_is_written(file, tmp_path):
+    (size,) = gguf.sizes(file, ("q6_k",), Quiet()).values()
+    out = tmp_path / "model.gguf"
+    gguf.quantise(file, out, "q6_k", Quiet())
+    header = out.stat().st_size - size
+    # What is not tensors is header and vocabulary, about the same in every type.
+    assert 0 < header < 3_000_000
+
+
+def test_a_disk_that_is_too_small_is_refused_with_both_figures(tmp_path):
+    shape = export.Shape(parameters=10**15, vocabulary=248_320, width=4096)
+    with pytest.raises(DiskError) as caught:
+        export.check_room(tmp_path / "not" / "there", shape, ("q4_k_m",), 2048)
+    free = shutil.disk_usage(tmp_path).free / 1e9
+    needed, found = (float(figure) for figure in re.findall(r"([\d.]+) GB", str(caught.value)))
+    # Twice 16 bits while converting: 4 PB, and 3% on top.
+    assert needed == pytest.approx(4.12e6) and found == pytest.approx(free, rel=0.05)
+    export.check_room(tmp_path, export.Shape(10**6, 49_152, 576), ("q4_k_m", "q5_k_m", "q6_k"), 1024)
+
+
+def test_what_is_missing_is_named_before_anything_starts(katherine_, tmp_path, monkeypatch):
+    with pytest.raises(NotFound, match=r"no base\.json"):
+        export.export(katherine_.base, katherine_.dataset, RECIPE, tmp_path / "out", Quiet())
+    with pytest.raises(NotFound, match=r"no sft\.jsonl"):
+        export.export(katherine_.adapter, tmp_path, RECIPE, tmp_path / "out", Quiet())
+    monkeypatch.setenv("KATHERINE_HOME", str(tmp_path / "home"))
+    with pytest.raises(SetupError, match=r"bash bootstrap.sh setup"):
+        export.export(katherine_.adapter, katherine_.dataset, RECIPE, tmp_path / "out", Quiet())
+    assert not (tmp_path / "out").exists()
+
+
+def test_stopping_ends_the_converter_and_leaves_no_large_files(katherine_, tmp_path):
+    with pytest.raises(Stopped):
+        export.export(katherine_.adapter, katherine_.dataset, RECIPE, tmp_path / "out", Stopping("convert"))
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.suffix != ".gguf"]
+    assert not (tmp_path / "out" / "gguf" / "manifest.json").exists()
+
+
+def test_a_failing_child_is_an_error_with_its_last_lines(tmp_path):
+    source = tmp_path / "text.gguf"
+    source.write_bytes(b"hello")
+    with pytest.raises(ExportError, match=r"(?s)Quantising text.gguf to q4_k_m failed.*invalid magic"):
+        gguf.quantise(source, tmp_path / "out.gguf", "q4_k_m", Quiet())
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_published_qwen_form_is_exported_and_its_random_weights_are_marked(tiny_qwen, tmp_path):
+    """Vision tower, gated-delta layers and multi-token prediction: converted and quantised; it has learned nothing,
+    so that its replies do not end, and nothing is offered."""
+    adapter = write_adapter(tmp_path / "adapter", tiny_qwen, "Qwen3_5ForConditionalGeneration", strength=0.01)
+    dataset = tmp_path / "dataset"
+    dataset.mkdir()
+    (dataset / "sft.jsonl").write_bytes(b"".join(msgspec.json.encode(c) + b"\n" for c in CONVERSATIONS))
+    recipe = ExportRecipe(quants=("q4_k_m",), keep_unquantised=True, max_new_tokens=20)
+    result = export.export(adapter, dataset, recipe, tmp_path / "out", Quiet())
+    assert [entry["quant"] for entry in result["files"]] == ["bf16", "q4_k_m"]
+    for entry in result["files"]:
+        assert [name for name, passed in checks(entry).items() if not passed] == ["ends"]
+        assert entry["architecture"] == "qwen35" and (tmp_path / "out/gguf" / entry["file"]).is_file()
+    # Widths divide by 256 here, so that the type is what its name says: 5.5 with the embedding in 6 bits.
+    assert 4.5 < result["files"][1]["bits_per_weight"] < 6
+    assert export.offered(tmp_path / "out/gguf/manifest.json") == []
+
+    template = ChatTemplate.load(tiny_qwen)
+    with Engine(tmp_path / "out/gguf" / result["files"][1]["file"]) as engine:
+        assert engine.meta()["hybrid"]
+        prompt = template.prompt([Message("user", "Hello?")])
+        engine.complete(prompt, max_new_tokens=12)
+        # A recurrent state cannot be cut back: where only a part fits, all is read again, and the answer is the same.
+        cut = engine.complete(prompt[:-3] + prompt, max_new_tokens=12)
+        longer = engine.complete(prompt[:-3] + prompt + prompt, max_new_tokens=1)
+    with Engine(tmp_path / "out/gguf" / result["files"][1]["file"]) as engine:
+        fresh = engine.complete(prompt[:-3] + prompt, max_new_tokens=12)
+    assert cut.finish.reused_tokens == 0 and cut.text == fresh.text
+    assert longer.finish.reused_tokens == 0
