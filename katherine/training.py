@@ -326,7 +326,7 @@ def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, prog
     import torch
 
     cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported()
+    compute = models.compute_type()
     optim = recipe.optim
     if optim == "adamw_8bit" and not cuda:
         optim = "adamw_torch"
@@ -348,8 +348,8 @@ def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, prog
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "bf16": bf16,
-        "fp16": cuda and not bf16,
+        "bf16": compute is torch.bfloat16,
+        "fp16": compute is torch.float16,
         "use_cpu": not cuda,
         "logging_steps": 1,
         # a loss that is not a number must be seen, not replaced by the average so far
