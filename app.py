@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs import demo, pipeline, queue
 from katherine import bases, corpus, doctor, recipe, runs, targets
-from katherine.errors import KatherineError, RecipeError, SetupError
+from katherine.errors import DataError, KatherineError, RecipeError, SetupError
 from katherine.settings import Home, home
 from katherine.template import ChatTemplate
 
@@ -26,6 +26,11 @@ def show(rows: Sequence[Sequence[Any]], heads: Sequence[str]) -> None:
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
     for row in cells:
         print("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip())
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number in a format, or nothing where it was not measured."""
+    return "" if value is None else format(value, form)
 
 
 def counting_base(at: Home, base: str) -> str:
@@ -76,23 +81,31 @@ def explain(options: argparse.Namespace) -> None:
     """What a recipe's values are and why, which modules it reaches, and how many steps it makes."""
     at = home()
     model = recipe.KINDS[options.stage]
-    made = recipe.preset(options.preset, model, **settings_of(options, options.stage))
+    made = recipe.preset(options.preset, model, settings_of(options, options.stage))
     if options.json:
         print(made.model_dump_json(indent=2))
         return
-    rows = []
     for name, field in model.model_fields.items():
-        extra = field.json_schema_extra
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         value = getattr(made, name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        rows.append([name, shown, extra["unit"] if isinstance(extra, dict) else "", field.description])
-    show(rows, ["value of", "", "unit", "why"])
+        limits = recipe.bounds(model, name)
+        print(f"{name} = {shown} {extra['unit']}".rstrip() + (f"  ({limits})" if limits else ""))
+        print(f"    {field.description} Source: {extra['source']}.")
     if options.dataset and isinstance(made, recipe.SftRecipe | recipe.DpoRecipe):
-        used = corpus.load(at, options.dataset).report
-        print(made.steps_explained(used["sft"]["unique"] if options.stage == "sft" else used["dpo"]["used"]))
+        print(made.steps_explained(_examples(corpus.load(at, options.dataset).report, made)))
     if isinstance(made, recipe.SftRecipe):
         for line in targets.matches(bases.configuration(at, made.base), made.target_modules).lines(made.lora_r):
             print(line)
+
+
+def _examples(report: dict[str, Any], made: recipe.SftRecipe | recipe.DpoRecipe) -> int:
+    """How many examples training will use, without those counted as too long, where they were counted by its limit."""
+    counts = report["tokens"] or {"max_length": None}
+    if isinstance(made, recipe.DpoRecipe):
+        counts = counts | (counts.get("pairs") or {})
+    too_long = counts["over_max_length"] if counts["max_length"] == made.max_length else 0
+    return (report["sft"]["unique"] if isinstance(made, recipe.SftRecipe) else report["dpo"]["used"]) - too_long
 
 
 def settings_of(options: argparse.Namespace, stage: str) -> dict[str, Any]:
@@ -113,8 +126,12 @@ def settings_of(options: argparse.Namespace, stage: str) -> dict[str, Any]:
 
 def start(options: argparse.Namespace) -> None:
     at = home()
+    if "sft" not in options.stages:
+        raise RecipeError(["A pipeline begins with sft: name it among the stages."])
+    if unused := [text for text in options.set or [] if text.partition(".")[0] not in options.stages]:
+        raise RecipeError([f"--set {text} is for a stage that is not started." for text in unused])
     chosen: dict[str, Any] = dict.fromkeys(recipe.KINDS) | {
-        stage: recipe.preset(options.preset, model, **settings_of(options, stage)).model_dump(mode="json")
+        stage: recipe.preset(options.preset, model, settings_of(options, stage)).model_dump(mode="json")
         for stage, model in recipe.KINDS.items()
         if stage in options.stages
     }
@@ -127,7 +144,11 @@ def list_runs(options: argparse.Namespace) -> None:
     queue.reconcile(at)
     rows = []
     for run in runs.everyone(at):
-        status = run.status()
+        try:
+            status = run.status()
+        except DataError as error:
+            rows.append([run.id, "damaged", "", "", run.record.dataset or "", str(error)])
+            continue
         steps = f"{status.step} of {status.of}" if status.of else ""
         rows.append([run.id, status.state, status.phase, steps, run.record.dataset or "", status.reason])
     show(rows, ["run", "state", "phase", "steps", "dataset", "reason"])
@@ -145,9 +166,9 @@ def run_demo(options: argparse.Namespace) -> None:
     )  # fmt: skip
     print(f"DPO margin: {result['dpo']['first_margin']:.3f} → {result['dpo']['last_margin']:.3f}\n")
     show(
-        [[f["quant"], f"{f['bytes'] / 1e6:.0f} MB", f"{f['bits_per_weight']:.2f}", "yes" if f["accepted"] else "NO",
-          f"{f['perplexity']:.3f}", "" if f["kl"] is None else f"{f['kl']:.4f}",
-          "" if f["top1"] is None else f"{f['top1']:.1%}"] for f in result["export"]],
+        [[f["quant"], f"{f['bytes'] / 1e6:.0f} MB", figure(f["bits_per_weight"], ".2f"),
+          "yes" if f["accepted"] else "NO",
+          figure(f["perplexity"], ".3f"), figure(f["kl"], ".4f"), figure(f["top1"], ".1%")] for f in result["export"]],
         ["quant", "size", "bits/weight", "accepted", "perplexity", "KL", "top-1"],
     )  # fmt: skip
     print()
@@ -194,7 +215,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--set", action="append", metavar="STAGE.FIELD=VALUE")
     p.add_argument("--json", action="store_true")
 
-    p = command("start", start, "queue the pipeline on a dataset: SFT, DPO, export")
+    p = command("start", start, "queue the pipeline on a dataset: SFT, DPO, export, probes")
     p.add_argument("dataset")
     p.add_argument("--preset", default="k0", choices=recipe.PRESETS)
     p.add_argument("--stages", nargs="+", default=["sft", "dpo", "export", "probe"], choices=recipe.KINDS)
@@ -203,8 +224,8 @@ def parser() -> argparse.ArgumentParser:
     command("runs", list_runs, "list all runs")
     for name, action, text in (
         ("follow", lambda o: demo.follow(home(), runs.load(home(), o.run), say), "wait for a run, saying where it is"),
-        ("stop", lambda o: queue.stop(home(), o.run, kill=o.kill), "stop a run and keep what it has"),
-        ("resume", lambda o: queue.resume(home(), o.run), "go on from a run's newest sound checkpoint"),
+        ("stop", lambda o: print(queue.stop(home(), o.run, kill=o.kill).state), "stop a run and keep what it has"),
+        ("resume", lambda o: print(queue.resume(home(), o.run).status().state), "go on from its newest checkpoint"),
     ):
         p = command(name, action, text)
         p.add_argument("run")

@@ -233,8 +233,10 @@ make_environment() {
         [[ ! -L $place ]] || rm "$place"
         mkdir -p "$place"
         echo unfinished >"$place/katherine.backend" # and stays throughout: killed at any moment, it is still ours
-        run "clearing $place" "remove it and run again" \
-            find "$place" -mindepth 1 -maxdepth 1 ! -name katherine.backend -exec rm -rf {} +
+        if [[ -n $(find "$place" -mindepth 1 ! -name katherine.backend -print -quit) ]]; then
+            run "clearing $place" "remove it and run again" \
+                find "$place" -mindepth 1 -maxdepth 1 ! -name katherine.backend -exec rm -rf {} +
+        fi
         check_room
         run "making a virtual environment in $place with $("$base_python" --version)" \
             "$(as_root apt-get install python3-venv)" "$base_python" -m venv "$place"

@@ -1,4 +1,5 @@
-"""How fast and in how much memory a large corpus is prepared: `python -m bench.corpus [--lines N]`.
+"""How fast and in how much memory a large corpus is prepared, sound or damaged:
+`python -m bench.corpus [--lines N] [--damaged SHARE]`.
 
 Writes a corpus of its own to a temporary folder (not timed), prepares it in a child process of one thread, and
 reads the same lines with plain `json.loads`, which does none of the checking, as the baseline.
@@ -22,9 +23,9 @@ LINES = 1_000_000
 FILES = 20
 LEAST_LINES_PER_SECOND = 50_000
 MOST_MEMORY = 1e9  # bytes
-# What a line is, of every thousand: repeats like a real corpus, few pairs, and some damage so that the slow path of a
-# rejected line is in the figure too.
-DUPLICATES, PAIRS, DAMAGED = 300, 30, 2
+# What a line is, as shares: repeats like a real corpus, few pairs, and some damage so that the slow path of a rejected
+# line is in the figure too.
+DUPLICATES, PAIRS, DAMAGED = 0.3, 0.03, 0.002
 DAMAGE = ('{"messages": [', '{"messages": [], "messages": []}', '{"messages": [{"role": "bot", "content": "x"}]}')
 WORDS = (
     *("the", "a", "my", "your", "kettle", "porch", "window", "rain", "café", "yesterday", "almost", "never", "again"),
@@ -38,30 +39,33 @@ def text(rng: random.Random, words: int) -> str:
     return " ".join(rng.choices(WORDS, k=words))
 
 
-def generate(folder: Path, count: int) -> None:
-    """`count` lines of some 600 bytes over FILES files: escaped and plain, other key orders, other system turns."""
+def generate(folder: Path, count: int, damaged: float) -> None:
+    """`count` lines of some 600 bytes over FILES files: escaped and plain, other key orders, other system turns.
+    damaged: the share of lines that will be rejected; the rest keeps its shares among itself."""
     rng = random.Random(11)
     kept: list[list[dict[str, str]]] = []
     for number in range(FILES):
         share = count // FILES + (number < count % FILES)
         with (folder / f"part_{number:02d}.jsonl").open("w", encoding="utf-8", newline="\n") as out:
-            for line in _some_lines(rng, kept, share, ascii_only=bool(number % 2)):
+            for line in _some_lines(rng, kept, share, damaged, ascii_only=bool(number % 2)):
                 out.write(line + "\n")
 
 
-def _some_lines(rng: random.Random, kept: list[list[dict[str, str]]], count: int, ascii_only: bool) -> Iterator[str]:
+def _some_lines(
+    rng: random.Random, kept: list[list[dict[str, str]]], count: int, damaged: float, ascii_only: bool
+) -> Iterator[str]:
     for _ in range(count):
-        draw = rng.randrange(1000)
-        if draw < DAMAGED:
+        if rng.random() < damaged:
             yield rng.choice(DAMAGE)
             continue
-        if draw < DAMAGED + PAIRS:
+        draw = rng.random()
+        if draw < PAIRS:
             turn = {"role": "user", "content": text(rng, 12)}
             replies = [[{"role": "assistant", "content": text(rng, rng.randrange(15, 60))}] for _ in range(2)]
             pair = {"prompt": [turn], "chosen": replies[0], "rejected": replies[1], "_cat": "warmth", "_type": "direct"}
             yield json.dumps(pair, ensure_ascii=ascii_only)
             continue
-        if draw < DAMAGED + PAIRS + DUPLICATES and kept:
+        if draw < PAIRS + DUPLICATES and kept:
             turns = rng.choice(kept)
         else:
             turns = [
@@ -109,14 +113,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the figures; 1 where they miss what is promised."""
     parser = argparse.ArgumentParser(prog="bench corpus", description=__doc__)
     parser.add_argument("--lines", type=int, default=LINES)
+    parser.add_argument("--damaged", type=float, default=DAMAGED, metavar="SHARE", help="of the lines: 0 to 0.99")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return 0
+    if not 0 <= arguments.damaged <= 0.99:  # something must be left to prepare
+        parser.error(f"--damaged is a share from 0 to 0.99, not {arguments.damaged}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        generate(folder, arguments.lines)
+        generate(folder, arguments.lines, arguments.damaged)
         size = sum(file.stat().st_size for file in folder.iterdir())
         child = [sys.executable, "-m", "bench.corpus", "--measure", str(folder)]
         figures = json.loads(subprocess.run(child, cwd=PROJECT, stdout=subprocess.PIPE, check=True).stdout)

@@ -63,13 +63,14 @@ def run(home: Home, say: Callable[[str], None]) -> dict[str, Any]:
 def follow(home: Home, run: Run, say: Callable[[str], None]) -> None:
     """Waits for a run to end, saying each new phase. Raises KatherineError where it did not succeed."""
     said = ""
-    while True:
-        status = queue.wait(home, run.id, timeout=0.5)
-        if status.phase and status.phase != said:
-            said = status.phase
+    while (status := queue.wait(home, run.id, timeout=0.5)).state not in ENDED:
+        if status.state is State.queued and queue.blocked(home, run):
+            raise KatherineError(f"Run {run.id} waits for {run.record.parent}, which was interrupted: resume that one.")
+        # A queued run has no phase, but may say who holds the GPU.
+        now = status.phase or status.reason
+        if now and now != said:
+            said = now
             say(f"{run.record.kind} {run.id}: {said}")
-        if status.state in ENDED:
-            break
     if status.state is not State.succeeded:
         raise KatherineError(f"Run {run.id} {status.state}: {status.reason} {status.remedy} Its log: {run.log}")
     say(f"{run.record.kind} {run.id}: {status.state} in {runs.seconds(run):.0f} s")

@@ -106,6 +106,11 @@ def stop(home: Home, run_id: str, kill: bool = False) -> Status:
                 draft = request.with_name(".stop")
                 draft.write_text("kill" if kill else "keep")
                 draft.replace(request)
+            # Who stops a run does not want what builds on it, even if the stop comes after its last step.
+            for child, below in unfinished(home):
+                if child.record.parent == run_id and below.state is State.queued:
+                    _cancel(child, f"Stopped by you, with run {run_id}, which it builds on.")
+            _settle(home)
     return status
 
 
@@ -149,7 +154,7 @@ def wait(home: Home, run_id: str, timeout: float | None = None) -> Status:
         moment = time.monotonic()
         if status.state in ENDED or (timeout is not None and moment - begun >= timeout):
             return status
-        if status.state is State.queued and _blocked(home, run):
+        if status.state is State.queued and blocked(home, run):
             return status
         # A second: the wait for a dead supervisor, against a reading of every run's status.
         if moment - reconciled >= 1:
@@ -289,7 +294,7 @@ def _parent_state(home: Home, run: Run) -> State | None:
         return State.failed
 
 
-def _blocked(home: Home, run: Run) -> bool:
+def blocked(home: Home, run: Run) -> bool:
     """Whether an interrupted ancestor keeps the queued run from ever beginning."""
     while run.record.parent is not None:
         try:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs import queue
+from jobs import obstacles, queue
 from katherine import runs
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
@@ -30,11 +30,13 @@ from katherine.settings import Home
 @dataclass(frozen=True, slots=True)
 class Kind:
     """What a kind of run does. work: the stage, which returns what goes into result.json. complete: a recipe's values
-    with its defaults filled in, or RecipeError. secrets: names of secrets that its process may see."""
+    with its defaults filled in, or RecipeError. secrets: names of secrets that its process may see. obstacles: given
+    the home, a dataset's id and a recipe, why the work would fail, as far as can be told beforehand."""
 
     work: Callable[[Home, Run, Progress], dict[str, Any]]
     complete: Callable[[dict[str, Any]], dict[str, Any]]
     secrets: tuple[str, ...] = ()
+    obstacles: Callable[[Home, str, dict[str, Any]], list[str]] = lambda home, dataset, recipe: []
 
 
 def _complete(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -80,10 +82,10 @@ def _probe(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
 # Those that look for the base on the hub, where some bases open only to a token that accepted their terms.
 _HUB = ("HF_TOKEN",)
 KINDS = {
-    "sft": Kind(_sft, partial(_complete, "sft"), _HUB),
-    "dpo": Kind(_dpo, partial(_complete, "dpo")),
-    "export": Kind(_export, partial(_complete, "export"), _HUB),
-    "probe": Kind(_probe, partial(_complete, "probe"), _HUB),
+    "sft": Kind(_sft, partial(_complete, "sft"), _HUB, obstacles.sft),
+    "dpo": Kind(_dpo, partial(_complete, "dpo"), _HUB, obstacles.dpo),
+    "export": Kind(_export, partial(_complete, "export"), _HUB, obstacles.export),
+    "probe": Kind(_probe, partial(_complete, "probe"), _HUB, obstacles.probe),
 }
 
 
@@ -138,7 +140,7 @@ class RunProgress:
         self.tell(step=step, of=of)
 
     def metric(self, **values: float | int | str | None) -> None:
-        """Appends the row, with the time and the attempt: rows of a later attempt replace those of the same step.
+        """Appends the row, with the time and the attempt: a resumed run logs the steps after its checkpoint again.
         A number that is not finite becomes the text "nan", "inf" or "-inf", which JSON lacks and float() reads."""
         row = {"time": runs.now(), "attempt": self._attempt} | {name: _plain(value) for name, value in values.items()}
         if self._metrics is None:

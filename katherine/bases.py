@@ -1,6 +1,7 @@
 """Base models by name: a folder, a hub id, or the small real base that a package carries. A base is complete or
 absent under the home's cache. Loading weights into memory is the business of model."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from katherine.errors import NotFound, SetupError
+from katherine.errors import DiskError, NotFound, SetupError
 from katherine.settings import Home, secret
 
 SMALL = "smollm2-135m"
@@ -52,6 +53,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _download(home: Home, name: str, patterns: tuple[str, ...]) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -70,7 +72,12 @@ def _download(home: Home, name: str, patterns: tuple[str, ...]) -> Path:
         raise SetupError(f"The base {name} is gated: accept its terms on the hub and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
         raise NotFound(f"The hub knows no model {name}, or it is private and HF_TOKEN is not set.") from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"The disk is full: {name} does not fit into {home.cache / 'hub'} "
+                f"({shutil.disk_usage(home.root).free / 1e9:.1f} GB free). Make room there, then start again."
+            ) from error
         try:
             return Path(snapshot_download(**arguments, local_files_only=True))
         except (OSError, ValueError):

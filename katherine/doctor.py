@@ -37,10 +37,7 @@ NETWORK_FILE_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "lustre", "g
 SETUP = "bash bootstrap.sh setup"
 SETUP_ANEW = "bash bootstrap.sh setup --again"
 SECRET_USES = {
-    "HF_TOKEN": "downloads of gated bases and every push need it",
-    "KATHERINE_OPERATOR_PASSWORD": "one is made and shown at first start",
-    "KATHERINE_REVIEWER_PASSWORD": "one is made and shown at first start",
-    "RUNPOD_API_KEY": "only a RunPod pod has it",
+    "HF_TOKEN": "gated bases need it",
 }
 
 State = Literal["ok", "warning", "problem", "absent"]

@@ -5,7 +5,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from katherine import corpus, model, settings, training
+from katherine import adapters, corpus, model, settings, training
+from katherine.checkpoints import Checkpoints
 from katherine.examples import Conversation
 from katherine.progress import Progress
 from katherine.recipe import DpoRecipe
@@ -29,9 +30,9 @@ def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: 
     """
     progress.phase("load")
     model.ready(settings.home(), progress)
-    record = model.base_record(adapter)
-    checkpoint = model.base_checkpoint(record)
-    progress.say(f"Going on from {adapter}, trained on {record.base}{' in 4 bit' if record.load_in_4bit else ''}.")
+    base = adapters.base_of(settings.home(), adapter)
+    checkpoint = Path(base.checkpoint)
+    progress.say(f"Going on from {adapter}, trained on {base.name}{' in 4 bit' if base.load_in_4bit else ''}.")
     template = ChatTemplate.load(checkpoint)
     preferences = corpus.Dataset(dataset, {}).preferences()
     training.proven(
@@ -42,19 +43,19 @@ def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: 
 
     loaded = model.load(
         checkpoint,
-        model.read_lora(adapter),
-        load_in_4bit=record.load_in_4bit,
+        adapters.lora_of(adapter),
+        load_in_4bit=base.load_in_4bit,
         max_length=recipe.max_length,
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
     )
-    weights = adapter / model.ADAPTER_WEIGHTS
-    model.set_adapter_weights(loaded, model.read_weights(adapter), adapter)
+    weights = adapter / adapters.WEIGHTS
+    model.set_adapter_weights(loaded, adapters.read_weights(adapter), adapter)
     parent = hashlib.sha256(weights.read_bytes()).hexdigest()
-    kept = training.checkpoints(recipe, sequences, out, progress, parent)
+    kept = training.checkpoints_of(recipe, sequences, out, progress, parent)
     made = trainer(loaded, checkpoint, sequences, recipe, kept, progress)
     progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
-    history = training.run(made, recipe, kept, record, out, progress)
+    history = training.run(made, recipe, kept, base, out, progress)
     logged = [entry for entry in history if "loss" in entry]
     return training.summary(history, sequences) | {
         "first_margin": logged[0]["rewards/margins"],
@@ -69,7 +70,7 @@ def trainer(
     checkpoint: Path,
     sequences: training.Sequences,
     recipe: DpoRecipe,
-    kept: training.Checkpoints,
+    kept: Checkpoints,
     progress: Progress,
 ) -> Any:
     """TRL's DPOTrainer over pairs that are already tokenised. It copies the adapter as the reference when it is

@@ -1,5 +1,5 @@
 """One exception root. A KatherineError's message is meant for the person at the screen: it says what was
-found, where, and what to do. Anything not under this root is a bug, and only its log reference is shown."""
+found, where, and what to do. Anything not under this root is a bug."""
 
 from collections.abc import Sequence
 
@@ -38,6 +38,10 @@ class SetupError(KatherineError, RuntimeError):
 
 class DiskError(KatherineError, OSError):
     """Not enough room, or a file that cannot be written."""
+
+
+class ModelError(KatherineError, RuntimeError):
+    """A base and an adapter that do not fit each other, or cannot be loaded."""
 
 
 class TrainingError(KatherineError, RuntimeError):

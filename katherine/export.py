@@ -17,10 +17,9 @@ from typing import Any
 
 import msgspec
 
-from katherine import acceptance, bases, gguf, runs
-from katherine.errors import DataError, DiskError, ExportError, NotFound
+from katherine import acceptance, adapters, gguf, runs
+from katherine.errors import DataError, DiskError, ExportError, NotFound, RecipeError
 from katherine.examples import Conversation
-from katherine.model import ADAPTER_WEIGHTS, base_record
 from katherine.progress import Progress, Stopped
 from katherine.recipe import ExportRecipe
 from katherine.settings import home
@@ -41,15 +40,14 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
 
     Raises RecipeError (unknown type), NotFound, DataError, SetupError, DiskError, ExportError; Stopped between parts.
     """
-    from katherine import merge
+    from katherine import merge, model
 
     place = home()
-    gguf.check_types(recipe.quants)
+    model.settle(place, progress)
+    if wrong := gguf.wrong_types(recipe.quants):
+        raise RecipeError(wrong)
     gguf.converter(place)
-    base = base_record(adapter)
-    if not Path(base.checkpoint).is_dir():
-        # The home moved, or its cache was emptied: the name still says what it was.
-        base = msgspec.structs.replace(base, checkpoint=str(bases.checkpoint(place, base.base)))
+    base = adapters.base_of(place, adapter)
     checkpoint = Path(base.checkpoint)
     template = ChatTemplate.load(checkpoint)
     examples = acceptance.choose(template, _conversations(dataset), recipe)
@@ -65,7 +63,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     folder.mkdir(parents=True)
     seconds: dict[str, float] = {}
     part = functools.partial(_part, seconds, progress)
-    name = _slug(base.base)
+    name = _slug(base.name)
     unquantised = folder / f"{name}-{gguf.UNQUANTISED}.gguf"
     try:
         with part("merge"):
@@ -114,11 +112,11 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     finally:
         shutil.rmtree(merged, ignore_errors=True)
         reference.unlink(missing_ok=True)
-    if not recipe.keep_unquantised:
-        unquantised.unlink()
+        if not recipe.keep_unquantised:
+            unquantised.unlink(missing_ok=True)
     manifest = {
-        "base": base.base,
-        "adapter_sha256": _sha256(adapter / ADAPTER_WEIGHTS),
+        "base": base.name,
+        "adapter_sha256": _sha256(adapter / adapters.WEIGHTS),
         "template_sha256": hashlib.sha256(template.baked.encode()).hexdigest(),
         "drift": asdict(drift) | {"kl": drift.kl if math.isfinite(drift.kl) else None, "passed": drift.passed},
         "versions": runs.versions(),

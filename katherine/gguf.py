@@ -8,13 +8,13 @@ import re
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from select import POLLIN, poll
 
 from katherine.engines import cores
-from katherine.errors import ExportError, RecipeError, SetupError
+from katherine.errors import ExportError, SetupError
 from katherine.progress import Progress, Stopped
 from katherine.settings import PROJECT, Home, child_environment
 
@@ -23,32 +23,40 @@ _LOOK = 500
 # As much of a failed child's output as an error can show.
 _LAST_LINES = 8
 UNQUANTISED = "bf16"
+# llama.cpp refuses to make these without importance data (tensor_requires_imatrix in llama-quant.cpp).
+_NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "q2_k_s"})
 
 
 def types() -> dict[str, int]:
     """Every llama.cpp type by name, as in "q4_k_m", with its number (llama_ftype)."""
-    import llama_cpp
+    from gguf import LlamaFileType
 
-    named = {"f32": llama_cpp.LLAMA_FTYPE_ALL_F32}
-    prefix = "LLAMA_FTYPE_MOSTLY_"
-    for name, number in vars(llama_cpp).items():
-        if name.startswith(prefix):
-            named[name.removeprefix(prefix).lower()] = number
-    return named
+    prefixes = ("MOSTLY_", "ALL_")
+    return {
+        each.name.removeprefix(prefix).lower(): each.value
+        for each in LlamaFileType
+        for prefix in prefixes
+        if each.name.startswith(prefix)
+    }
 
 
-def check_types(names: tuple[str, ...]) -> None:
-    """Raises RecipeError where a quant is not a llama.cpp type, with the types there are."""
+def wrong_types(names: Sequence[str]) -> list[str]:
+    """One sentence for each quant that cannot be made: unknown, in need of importance data, or no quant at all."""
     known = types()
-    reasons = [
-        f"quants names {name!r}, which is no llama.cpp type. The types are {', '.join(sorted(known))}."
-        for name in names
-        if name not in known
-    ]
-    if UNQUANTISED in names:
-        reasons.append(f"quants names {UNQUANTISED}, which is the unquantised file itself: set keep_unquantised.")
-    if reasons:
-        raise RecipeError(reasons)
+    found = []
+    for name in names:
+        if name not in known:
+            found.append(
+                f"quants names {name!r}, which is no llama.cpp type. The types are {', '.join(sorted(known))}."
+            )
+        elif name == UNQUANTISED:
+            found.append(f"quants names {UNQUANTISED}, which is the unquantised file itself: set keep_unquantised.")
+        elif name in _NEED_IMPORTANCE:
+            found.append(
+                f"quants names {name}, which needs importance data, and none is made here: take one of 4 bits or more, "
+                "or q2_k, q3_k_s, q3_k_m, q3_k_l."
+            )
+    return found
 
 
 def nominal_bits(name: str, width: int) -> float:
@@ -97,21 +105,13 @@ def convert(home: Home, merged: Path, out: Path, progress: Progress, *, name: st
 
 
 def sizes(source: Path, names: tuple[str, ...], progress: Progress) -> dict[str, int]:
-    """Bytes of tensors that each type will take, reckoned by llama.cpp itself without writing anything.
-
-    Raises ExportError, naming the type, where one needs importance data, which this export has not.
-    """
+    """Bytes of tensors that each type will take, reckoned by llama.cpp itself without writing anything."""
     found: dict[str, int] = {}
     for name in names:
         size = None
         for line in _quantise(source, None, name, progress):
             if match := re.search(r"quant size\s+=\s+([\d.]+) MiB", line):
                 size = int(float(match.group(1)) * 2**20)
-            if "will require an imatrix" in line:
-                raise ExportError(
-                    f"The type {name} needs importance data, which is not made here: take one of 4 bits or more, or "
-                    "q2_k, q3_k_s, q3_k_m, q3_k_l."
-                )
         if size is None:
             raise ExportError(f"llama.cpp gave no size for the type {name} of {source}.")
         found[name] = size

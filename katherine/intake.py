@@ -1,5 +1,6 @@
-"""Reading a corpus: every line of every file, once, in bounded memory, into rows of unique examples. Keeps the raw
-copies and the rejects as it goes. What a line may hold is decided in lines; the dataset folder belongs to corpus."""
+"""Reading a corpus: every line of every file, once, into rows of unique examples, in memory that grows with the lines
+but not with their text. Writes the raw copies and the rejects as it goes. What a line may hold is decided in lines;
+the dataset folder belongs to corpus."""
 
 import hashlib
 import os
@@ -24,8 +25,12 @@ MAX_LINE = 8 * 2**20
 # Of a rejected line this much is kept in rejects.jsonl; the whole of it is in raw/.
 MAX_REJECT = 2**20
 SHOWN_TEXT = 160  # characters of a line in a problem: two terminal lines
+# Problems that show their line's text: more than anyone reads through, in some 2 MB (7 where every character is wide).
+# Of the others rejects.jsonl and raw/ have it.
+SHOWN_TEXTS = 10_000
 TOP_REASONS = 5  # in the error that nothing was usable: more would scroll the first away
 BLOCK = 2**20  # bytes a read and a write: big enough that system calls vanish, small against any memory
+LONGEST_NAME = 255  # bytes: what the usual file systems take as a name
 BOM = b"\xef\xbb\xbf"
 
 _encode = msgspec.json.Encoder().encode
@@ -69,6 +74,9 @@ class Intake:
 
     An example's canonical line is compact JSON in UTF-8 with its keys in schema order, without the curator's tags;
     its content hash is the digest of that line.
+
+    A problem takes some 100 bytes here: its file, its severity and its reason are shared with the others like it. A
+    reason that no other line has adds its own length and some 150 bytes.
     """
 
     def __init__(self, draft: Path, spool: IO[bytes]) -> None:
@@ -79,6 +87,8 @@ class Intake:
         self.sources: list[Source] = []
         self.by_file: list[dict[str, Any]] = []
         self.problems: list[Problem] = []
+        self.reasons: dict[str, str] = {}  # each once, however many lines have it
+        self.texts = 0
         self.notes: dict[tuple[int, str], tuple[int, str]] = {}
         self.note_counts: Counter[tuple[int, str]] = Counter()
         self.unrecognised = 0
@@ -128,8 +138,10 @@ class Intake:
                 self._reject(number, line, str(rejected))
                 continue
             for note in notes:
-                self.notes.setdefault((len(self.sources) - 1, note), (number, _shown(line)))
-                self.note_counts[len(self.sources) - 1, note] += 1
+                key = len(self.sources) - 1, note
+                if key not in self.notes:
+                    self.notes[key] = number, self._text(line)
+                self.note_counts[key] += 1
             if isinstance(example, Conversation):
                 row, new = self._add(self.sft, "sft", _encode(example), number, offset)
                 if new:
@@ -195,7 +207,7 @@ class Intake:
             self.dpo.rejected += 1
             raw = self._raw_line(self.dpo, row)
             self._keep_reject(file, self.dpo.line[row], raw, reason)
-            self.problems.append(Problem(self.sources[file].label, self.dpo.line[row], reason, "rejected", _shown(raw)))
+            self._add_problem(self.sources[file].label, self.dpo.line[row], reason, "rejected", self._text(raw))
         for row, other in sorted(found.at_odds.items()):
             chosen_here = self.sides[row][0] == self.sides[other][1]
             here, there = ("chosen", "rejected") if chosen_here else ("rejected", "chosen")
@@ -250,11 +262,14 @@ class Intake:
         return self.place(self.dpo, row) + ("" if self.tags[row] is not None else " (uncurated)")
 
     def _raw_name(self, label: str) -> str:
+        """The file's own name with .jsonl at its end; with a mark of its label where that is taken or too long."""
         name = Path(label).name
-        name = name if name.endswith(".jsonl") else f"{name}.jsonl"
-        if any(counts["raw"] == name for counts in self.by_file):
-            name = f"{name.removesuffix('.jsonl')}-{hashlib.sha256(label.encode()).hexdigest()[:8]}.jsonl"
-        return name
+        stem = name[: -len(".jsonl")] if name.lower().endswith(".jsonl") else name
+        mark = f"-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+        short = stem.encode()[: LONGEST_NAME - len(f"{mark}.jsonl")].decode(errors="ignore")
+        if short != stem or any(counts["raw"] == f"{stem}.jsonl" for counts in self.by_file):
+            short += mark
+        return f"{short}.jsonl"
 
     def _raw_line(self, rows: Rows, row: int) -> bytes:
         with (self.raw_folder / self.by_file[rows.file[row]]["raw"]).open("rb") as file:
@@ -262,13 +277,17 @@ class Intake:
             return file.readline().removeprefix(BOM)
 
     def warn(self, rows: Rows, row: int, reason: str) -> None:
-        text = _shown(self._raw_line(rows, row))
-        self.problems.append(Problem(self.sources[rows.file[row]].label, rows.line[row], reason, "warning", text))
+        text = self._text(self._raw_line(rows, row)) if self.texts < SHOWN_TEXTS else ""
+        self._add_problem(self.sources[rows.file[row]].label, rows.line[row], reason, "warning", text)
+
+    def note_unread(self, label: str) -> None:
+        reason = "not read: of a folder only .jsonl files are; put one object a line into a .jsonl file"
+        self._add_problem(label, None, reason, "warning")
 
     def _reject(self, number: int, line: bytes, reason: str) -> None:
         self._count_rejected(lines.kind_of(line))
         self._keep_reject(len(self.sources) - 1, number, line, reason)
-        self.problems.append(Problem(self.sources[-1].label, number, reason, "rejected", _shown(line)))
+        self._add_problem(self.sources[-1].label, number, reason, "rejected", self._text(line))
 
     def _count_rejected(self, kind: lines.Kind) -> None:
         self.by_file[-1]["rejected"] += 1
@@ -286,7 +305,17 @@ class Intake:
         self.rejects.write(_encode(entry | {"shortened": len(line) > MAX_REJECT}) + b"\n")
 
     def _file_problem(self, file: int, reason: str) -> None:
-        self.problems.append(Problem(self.sources[file].label, None, reason, "rejected"))
+        self._add_problem(self.sources[file].label, None, reason, "rejected")
+
+    def _add_problem(
+        self, file: str, line: int | None, reason: str, severity: Literal["rejected", "warning"], text: str = ""
+    ) -> None:
+        self.problems.append(Problem(file, line, self.reasons.setdefault(reason, reason), severity, text))
+
+    def _text(self, line: bytes) -> str:
+        """The line as a problem shows it, or "" once SHOWN_TEXTS have been."""
+        self.texts += 1
+        return _shown(line) if self.texts <= SHOWN_TEXTS else ""
 
 
 def _split(file: BinaryIO, copy: BinaryIO) -> Iterator[tuple[int, int, int, bytes]]:

@@ -34,6 +34,14 @@ _LINE_KEYS = _SFT_KEYS | _DPO_KEYS | {"_cat", "_type"}
 _MESSAGE_KEYS = frozenset({"role", "content"})
 
 _THOUGHT = re.compile(r"</?think", re.IGNORECASE)
+# Nothing that a reader would see: white space, control characters, and what Unicode calls Default_Ignorable_Code_Point
+# (zero-width spaces and joiners, marks of direction, fillers, variation selectors). Spelled out, because Python's own
+# tables call characters unprintable that are only newer than they are.
+_NOTHING = re.compile(
+    r"[\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    r"\U000e0000-\U000e0fff]*"
+)
 # A key may be spelled with escapes ("r\u006fle"). Letters and the underscore lie in \u005f, \u006x and \u007x (and
 # capitals play no part in any key), so a line without these spells every key out.
 _ESCAPED_LETTER = re.compile(rb"\\u00[567]")
@@ -46,11 +54,12 @@ class Rejected(DataError):
     """A line that cannot be used; the message is the reason."""
 
 
-class Problem(msgspec.Struct, frozen=True):
+class Problem(msgspec.Struct, frozen=True, gc=False):
     """Something a person should look at.
 
     file: as the report names it, "" for the dataset as a whole. line: counted from 1, None for the whole file.
-    text: the offending text, shortened. A warning is used all the same; what is rejected is not.
+    text: the offending text, shortened, or "" where too many came before it. A warning is used all the same; what is
+    rejected is not.
     """
 
     file: str
@@ -153,7 +162,7 @@ def _turns(messages: list[Message], where: str, notes: list[str]) -> tuple[Messa
                 f"{where}does not alternate: turns {len(turns)} and {len(turns) + 1} (system turns left out) are both "
                 f"the {message.role}'s"
             )
-        if not text:
+        if _NOTHING.fullmatch(text):
             raise Rejected(f"{where}empty turn: turn {len(turns) + 1} ({message.role}) has no text")
         if "<" in text and _THOUGHT.search(text):
             if message.role == "assistant":
@@ -172,7 +181,7 @@ def _reply(messages: list[Message], name: str) -> tuple[Message]:
         found = ", ".join(turn.role for turn in turns[:SHOWN_KEYS]) or "none"
         raise Rejected(f"`{name}` must be one assistant turn; found {found}")
     text = _clean(turns[0].content)
-    if not text:
+    if _NOTHING.fullmatch(text):
         raise Rejected(f"empty turn: `{name}` has no text")
     if "<" in text and _THOUGHT.search(text):
         _refuse_thought(f"`{name}`")

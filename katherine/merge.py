@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from katherine import model as models
+from katherine.adapters import Base
 from katherine.errors import ExportError
-from katherine.model import ADAPTER_WEIGHTS, BaseRecord
 from katherine.progress import Progress
 from katherine.template import ChatTemplate, Rendered
 
@@ -41,7 +42,7 @@ class Drift:
 
 def merge(
     adapter: Path,
-    base: BaseRecord,
+    base: Base,
     template: ChatTemplate,
     samples: list[Rendered],
     folder: Path,
@@ -51,27 +52,27 @@ def merge(
 ) -> Drift:
     """Writes the merged checkpoint into `folder` and measures its drift on `samples`.
 
-    `max_kl` is the tolerance where training saw a 4-bit base. Raises ExportError where the adapter does not fit.
+    `max_kl` is the tolerance where training saw a 4-bit base. Raises ModelError where the adapter does not fit,
+    ExportError where it cannot be merged.
     """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    as_trained = base.load_in_4bit and device == "cuda"
+    as_trained = base.load_in_4bit and models.on_cuda()
     tolerance, reason = ROUNDING, f"only rounding to 16 bits may lie between them, and that stays below {ROUNDING}"
     if base.load_in_4bit:
         tolerance, reason = max_kl, "training saw a 4-bit base, and leaving that rounding behind costs what a quant may"
     if base.load_in_4bit and not as_trained:
         tolerance, reason = ROUNDING, f"measured on the 16-bit base, for want of a GPU; rounding stays below {ROUNDING}"
 
-    model = _with_adapter(base, adapter, device, four_bit=as_trained)
+    model = models.with_adapter(base, adapter, four_bit=as_trained)
     progress.step(1, 4)
     before = _log_probabilities(model, samples)
     if as_trained:
         del model
         _free()
-        model = _with_adapter(base, adapter, device, four_bit=False)
+        model = models.with_adapter(base, adapter)
     progress.step(2, 4)
     try:
         merged = model.merge_and_unload(safe_merge=True)
@@ -91,40 +92,6 @@ def merge(
     bake(Path(base.checkpoint), template, folder)
     progress.step(4, 4)
     return drift
-
-
-def _with_adapter(base: BaseRecord, adapter: Path, device: str, *, four_bit: bool) -> Any:
-    import torch
-    import transformers
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    kind = getattr(transformers, base.model_class, None)
-    if kind is None:
-        raise ExportError(f"{adapter / 'base.json'} names the class {base.model_class!r}, which transformers lacks.")
-    arguments: dict[str, Any] = {"dtype": torch.bfloat16 if four_bit else getattr(torch, base.dtype)}
-    if four_bit:
-        # As unsloth and the QLoRA paper quantise: NF4, with the block scales quantised too.
-        arguments["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    try:
-        bare = kind.from_pretrained(base.checkpoint, device_map={"": device}, local_files_only=True, **arguments)
-        model = PeftModel.from_pretrained(bare, str(adapter))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ExportError(f"{adapter} cannot be put on {base.checkpoint}: {error}") from error
-    with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as file:
-        theirs = set(file.keys())
-    # PEFT only warns of names that do not fit, and would then merge nothing at all.
-    if odd := theirs.symmetric_difference(get_peft_model_state_dict(model)):
-        raise ExportError(
-            f"{len(odd)} of the adapter's tensors do not fit {base.model_class} of {base.checkpoint}, such as "
-            f"{sorted(odd)[0]}: the adapter belongs to another base."
-        )
-    return model.eval()
 
 
 def _free() -> None:

@@ -2,58 +2,21 @@
 same module names and so the same adapter files. Where a base comes from is bases' business, training it training's."""
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from katherine.errors import NotFound, RecipeError, SetupError, TrainingError
+from katherine import adapters
+from katherine.errors import ModelError, RecipeError, SetupError
 from katherine.progress import Progress
-from katherine.runs import write_json
 from katherine.settings import Home
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Towers beside the language model. A persona is text: their projections share names with the language model's in
 # some families, and must get no adapter. PEFT matches this against a module's whole name.
 NOT_LANGUAGE = r"(.*\.)?(visual|vision\w*|image\w*|audio\w*|embed_vision|embed_audio|multi_modal_projector|mtp)(\..*)?"
-
-
-@dataclass(frozen=True, slots=True)
-class Lora:
-    """What an adapter is made of; r, alpha and dropout as in PEFT's LoraConfig."""
-
-    r: int
-    alpha: int
-    dropout: float
-    target_modules: tuple[str, ...]
-
-
-class BaseRecord(msgspec.Struct, frozen=True):
-    """base.json beside an adapter: what it was trained on. `dtype` is the base's compute type, e.g. "bfloat16"."""
-
-    base: str
-    checkpoint: str
-    model_class: str
-    load_in_4bit: bool
-    dtype: str
-
-
-def base_record(adapter: Path) -> BaseRecord:
-    """Raises NotFound where the folder is no adapter of this program, or its base has gone."""
-    path = adapter / "base.json"
-    try:
-        record = msgspec.json.decode(path.read_bytes(), type=BaseRecord)
-    except FileNotFoundError:
-        raise NotFound(f"{adapter} has no base.json: give the adapter folder of a finished SFT or DPO run.") from None
-    except msgspec.MsgspecError as error:
-        raise NotFound(f"{path} is damaged ({error}): train the adapter again.") from error
-    return record
 
 
 def on_cuda() -> bool:
@@ -78,7 +41,7 @@ def architecture(checkpoint: Path) -> tuple[Any, Any]:
     return found, config
 
 
-def lora_arguments(lora: Lora, model: Any) -> dict[str, Any]:
+def lora_arguments(lora: adapters.Lora, model: Any) -> dict[str, Any]:
     """PEFT's words for an adapter on the language model alone."""
     # PEFT warns of an exclusion that excludes nothing.
     has_towers = any(re.fullmatch(NOT_LANGUAGE, name) for name, _ in model.named_modules())
@@ -92,10 +55,9 @@ def lora_arguments(lora: Lora, model: Any) -> dict[str, Any]:
     }
 
 
-def ready(home: Home, progress: Progress) -> None:
-    """Sets what the libraries read while they are imported, and imports unsloth where there is a GPU; call before
-    anything imports trl. Quiet, without telemetry, and with compiled kernels kept under the home, so that a new
-    machine need not compile them again. Raises SetupError where a GPU is there and unsloth is not."""
+def settle(home: Home, progress: Progress) -> None:
+    """Sets what the libraries read while they are imported; call before anything imports transformers. Quiet, without
+    telemetry, and with compiled kernels kept under the home, so that a new machine need not compile them again."""
     os.environ |= {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
@@ -106,11 +68,10 @@ def ready(home: Home, progress: Progress) -> None:
         # unsloth may otherwise fetch and build llama.cpp, which export brings itself
         "UNSLOTH_AUTO_INSTALL": "0",
     }
+    # One GPU a run, the first unless told otherwise: given several, the trainer would split and enlarge the batch.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
     if not on_cuda():
-        _silence()
         return
-    if importlib.util.find_spec("unsloth") is None:
-        raise SetupError("This machine has a GPU, but unsloth is not installed: run `bash bootstrap.sh setup` here.")
     kernels = home.cache / "kernels" / _kernel_key()
     for variable, folder in (
         ("TRITON_CACHE_DIR", "triton"),
@@ -120,9 +81,17 @@ def ready(home: Home, progress: Progress) -> None:
         (kernels / folder).mkdir(parents=True, exist_ok=True)
         os.environ[variable] = str(kernels / folder)
     progress.say(f"Compiled kernels are kept in {kernels}.")
-    # It patches trl, transformers and peft while it is imported, so it comes before them.
-    import unsloth  # noqa: F401
 
+
+def ready(home: Home, progress: Progress) -> None:
+    """As settle, for training: imports unsloth where there is a GPU, so call it before anything imports trl. Raises
+    SetupError where a GPU is there and unsloth is not."""
+    settle(home, progress)
+    if on_cuda():
+        if importlib.util.find_spec("unsloth") is None:
+            raise SetupError("This machine has a GPU, but unsloth is not installed: run `bash bootstrap.sh setup`.")
+        # It patches trl, transformers and peft while it is imported, so it comes before them.
+        import unsloth  # noqa: F401
     _silence()
 
 
@@ -157,7 +126,7 @@ def _kernel_key() -> str:
 
 def load(
     checkpoint: Path,
-    lora: Lora,
+    lora: adapters.Lora,
     *,
     load_in_4bit: bool,
     max_length: int,
@@ -187,7 +156,7 @@ def load(
     return loaded
 
 
-def _load_plain(checkpoint: Path, lora: Lora, seed: int) -> Any:
+def _load_plain(checkpoint: Path, lora: adapters.Lora, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -198,7 +167,7 @@ def _load_plain(checkpoint: Path, lora: Lora, seed: int) -> Any:
 
 
 def _load_fast(
-    checkpoint: Path, lora: Lora, load_in_4bit: bool, max_length: int, gradient_checkpointing: bool, seed: int
+    checkpoint: Path, lora: adapters.Lora, load_in_4bit: bool, max_length: int, gradient_checkpointing: bool, seed: int
 ) -> Any:
     from unsloth import FastModel
 
@@ -235,34 +204,49 @@ def compute_type() -> Any:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def with_adapter(record: BaseRecord, adapter: Path, name: str = "default") -> Any:
-    """The base of `record`, unquantised, with a finished adapter on it under `name`, to answer with: a PeftModel in
-    eval mode, on the GPU where there is one. Raises NotFound where the base has gone, TrainingError where the
-    adapter does not fit it."""
-    from peft import PeftModel
+def with_adapter(base: adapters.Base, adapter: Path, *, name: str = "default", four_bit: bool = False) -> Any:
+    """The base with a finished adapter on it under `name`: a PeftModel in eval mode, on the GPU where there is one, in
+    the type it was trained in, or quantised to 4 bit as training did. Raises ModelError where they do not fit."""
+    import torch
+    import transformers
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
-    checkpoint = base_checkpoint(record)
-    model_class, _ = architecture(checkpoint)
+    kind = getattr(transformers, base.model_class, None)
+    if kind is None:
+        raise ModelError(f"{adapter / 'base.json'} names the class {base.model_class!r}, which transformers lacks.")
+    arguments: dict[str, Any] = {"dtype": torch.bfloat16 if four_bit else getattr(torch, base.dtype)}
+    if four_bit:
+        # As unsloth and the QLoRA paper quantise: NF4, with the block scales quantised too.
+        arguments["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
     device = "cuda" if on_cuda() else "cpu"
-    base = model_class.from_pretrained(checkpoint, dtype=compute_type()).to(device)
     try:
-        return PeftModel.from_pretrained(base, str(adapter), adapter_name=name).eval()
-    except (ValueError, RuntimeError) as error:
-        raise TrainingError(f"The adapter in {adapter} does not fit {checkpoint}: {error}") from error
+        bare = kind.from_pretrained(base.checkpoint, device_map={"": device}, local_files_only=True, **arguments)
+        model = PeftModel.from_pretrained(bare, str(adapter), adapter_name=name)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{adapter} cannot be put on {base.checkpoint}: {error}") from error
+    with safe_open(adapter / adapters.WEIGHTS, "pt") as file:
+        theirs = set(file.keys())
+    # PEFT only warns of names that do not fit, and would then answer without them.
+    if odd := theirs.symmetric_difference(get_peft_model_state_dict(model, adapter_name=name)):
+        raise ModelError(
+            f"{len(odd)} of the adapter's tensors do not fit {base.model_class} of {base.checkpoint}, such as "
+            f"{sorted(odd)[0]}: the adapter belongs to another base."
+        )
+    return model.eval()
 
 
-def base_checkpoint(record: BaseRecord) -> Path:
-    """The base's folder. Raises NotFound where it has gone."""
-    checkpoint = Path(record.checkpoint)
-    if not checkpoint.is_dir():
-        raise NotFound(f"The base of this adapter, {checkpoint}, is not there: fetch {record.base} again.")
-    return checkpoint
-
-
-def record_of(base: str, checkpoint: Path, load_in_4bit: bool) -> BaseRecord:
+def describe(name: str, checkpoint: Path, load_in_4bit: bool) -> adapters.Base:
     """What base.json will say of a base loaded on this machine."""
     dtype = str(compute_type()).removeprefix("torch.")
-    return BaseRecord(base, str(checkpoint), architecture(checkpoint)[0].__name__, load_in_4bit, dtype)
+    return adapters.Base(name, str(checkpoint), architecture(checkpoint)[0].__name__, load_in_4bit, dtype)
 
 
 def tokenizer(checkpoint: Path) -> Any:
@@ -283,51 +267,14 @@ def adapter_weights(model: Any) -> dict[str, Any]:
 
 
 def set_adapter_weights(model: Any, weights: dict[str, Any], source: Path) -> None:
-    """Raises TrainingError where `weights` (read from `source`) do not fit the model's adapter, name by name."""
+    """Raises ModelError where `weights` (read from `source`) do not fit the model's adapter, name by name."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     expected = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     wrong = set(expected) ^ set(weights) or {n for n in expected if expected[n].shape != weights[n].shape}
     if wrong:
-        raise TrainingError(
+        raise ModelError(
             f"The adapter in {source} does not fit this base: {len(wrong)} tensors differ, such as {sorted(wrong)[0]}. "
             "Use the base and the targets it was trained with."
         )
     set_peft_model_state_dict(model, weights, adapter_name="default")
-
-
-def save_adapter(model: Any, weights: dict[str, Any], folder: Path) -> None:
-    """Writes the two files of a PEFT adapter."""
-    from safetensors.torch import save_file
-
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(_plain(config), indent=2, sort_keys=True))
-    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def read_weights(folder: Path) -> dict[str, Any]:
-    """An adapter folder's tensors, on the CPU."""
-    from safetensors.torch import load_file
-
-    return load_file(folder / ADAPTER_WEIGHTS)
-
-
-def read_lora(adapter: Path) -> Lora:
-    """What a saved adapter is made of."""
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return Lora(config["r"], config["lora_alpha"], config["lora_dropout"], tuple(sorted(config["target_modules"])))
-
-
-def write_base_record(folder: Path, record: BaseRecord) -> None:
-    write_json(folder / "base.json", msgspec.to_builtins(record))
-
-
-def _plain(value: Any) -> Any:
-    """A PEFT config's values as JSON holds them: sets sorted, enums by their value."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value.value if hasattr(value, "value") else value

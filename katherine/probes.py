@@ -151,7 +151,7 @@ def run(
     chosen = load(recipe.probes)
     manifest = export / "gguf" / exports.MANIFEST
     files = exports.offered(manifest)
-    if not files:
+    if not files and not (recipe.stages and adapters):
         raise DataError(f"{manifest} offers no file: each failed a check or was changed. See the acceptance table.")
     template = ChatTemplate.load(bases.tokenizer(home(), msgspec.json.decode(manifest.read_bytes())["base"]))
     compared = [probe for probe in chosen.probe if probe.compare]
@@ -159,7 +159,7 @@ def run(
     with record:
         if recipe.stages and adapters and compared:
             progress.phase("load the base and its adapters")
-            with speakers.stages(adapters, template) as models:
+            with speakers.stages(adapters, template, progress) as models:
                 for name, speaker in models.items():
                     record.add(name, compared, _put(name, speaker, template, compared, recipe, progress))
         for done, file in enumerate(files):

@@ -1,10 +1,12 @@
 """What a stage is asked to do: typed, bounded values, each with its reason and where it comes from. Forms, the
-command line and run.json are all made from these models. What a recipe costs is estimate's business."""
+command line and run.json are all made from these models. Carrying one out is the business of its stage."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from katherine.errors import NotFound, RecipeError
 
@@ -37,6 +39,12 @@ class Recipe(BaseModel):
         return []
 
 
+def _absolute(value: str) -> str:
+    """A path that is there, made absolute: a run is carried out in another folder than it was asked for in."""
+    path = Path(value).expanduser()
+    return str(path.absolute()) if path.exists() else value
+
+
 class _LoraTraining(Recipe):
     """What SFT and DPO share: the trainer's schedule and the machine's share of it."""
 
@@ -62,7 +70,7 @@ class _LoraTraining(Recipe):
         K0,
     )
     max_length: int = _field(
-        1024, "Four times the 99th percentile: nothing is cut.", K0, ge=32, le=262_144, unit="tokens"
+        1024, "Four times the 99th percentile: nothing is left out.", K0, ge=32, le=262_144, unit="tokens"
     )
     gradient_checkpointing: bool = _field(True, "About 10% slower, much less memory.", K0)
     held_out: float = _field(0.0, "Off: a held-out split costs 5 to 10% of small data.", K0, ge=0, le=0.5, unit="share")
@@ -149,6 +157,11 @@ class SftRecipe(_LoraTraining):
         min_length=1,
     )
 
+    @field_validator("base")
+    @classmethod
+    def _folder_from_anywhere(cls, value: str) -> str:
+        return _absolute(value)
+
     def conflicts(self) -> list[str]:
         found = super().conflicts()
         if self.lora_alpha > 8 * self.lora_r:
@@ -171,6 +184,7 @@ class DpoRecipe(_LoraTraining):
     per_device_batch_size: int = _field(
         4, "A pair is two rows, and their log-probabilities are kept.", K0, ge=1, le=1024, unit="pairs"
     )
+    gradient_accumulation_steps: int = _field(2, "4 × 2 = 8 pairs a step.", K0, ge=1, le=1024, unit="micro-batches")
     num_train_epochs: int = _field(2, "Small preference sets converge fast.", K0, ge=1, le=50, unit="passes")
     learning_rate: float = _field(5e-6, "20 to 50 times below SFT, or the voice is forgotten.", K0, gt=0, le=1e-3)
     warmup_ratio: float = _field(0.1, "Longer than SFT's: the run is short.", K0, ge=0, le=0.5)
@@ -249,6 +263,11 @@ class ProbeRecipe(Recipe):
         False, "Also ask the base, the SFT and the DPO model, before any quant (slow on a CPU).", CHOSEN
     )
 
+    @field_validator("probes")
+    @classmethod
+    def _file_from_anywhere(cls, value: str) -> str:
+        return _absolute(value)
+
 
 KINDS: dict[str, type[Recipe]] = {r.kind: r for r in (SftRecipe, DpoRecipe, ExportRecipe, ProbeRecipe)}
 
@@ -323,11 +342,22 @@ def load(kind: str, values: dict[str, Any]) -> Recipe:
     return make(KINDS[kind], values)
 
 
-def preset(name: str, model: type[R], **changes: Any) -> R:
+def preset(name: str, model: type[R], changes: Mapping[str, Any] | None = None) -> R:
     """The named preset's recipe of one stage, with `changes` on top."""
     if name not in PRESETS:
         raise NotFound(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-    return make(model, PRESETS[name].get(model.kind, {}) | changes)
+    return make(model, PRESETS[name].get(model.kind, {}) | dict(changes or {}))
+
+
+def bounds(model: type[Recipe], name: str) -> str:
+    """A field's limits in words, as in "from 1, up to 512"; empty where it has none."""
+    words = {"ge": "from", "gt": "over", "le": "up to", "lt": "under", "min_length": "at least one of"}
+    said = []
+    for limit in model.model_fields[name].metadata:
+        for attribute, word in words.items():
+            if (value := getattr(limit, attribute, None)) is not None:
+                said.append(word if attribute == "min_length" else f"{word} {value:,}")
+    return ", ".join(said).replace("at least one of", "not empty")
 
 
 def differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:

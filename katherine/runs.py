@@ -1,6 +1,7 @@
-"""The run folder: what a run was asked, where it is, what it measured. Files are the truth, and each has one
-writer: run.json is written once at birth, status.json by the supervisor (atomically), metrics.jsonl by the
-worker (append only). Starting and ending runs is the business of `jobs`."""
+"""The run folder: what a run was asked, where it is, what it measured. Files are the truth, and each has one writer at
+a time: run.json is written once at birth, status.json (replaced whole) by the supervisor while the run is under way
+and by the queue otherwise, metrics.jsonl by the worker (append only). Starting and ending runs is the business of
+`jobs`."""
 
 import json
 import os

@@ -4,7 +4,8 @@ template's, checkpoints and metrics are training's."""
 from pathlib import Path
 from typing import Any
 
-from katherine import bases, corpus, model, settings, targets, training
+from katherine import adapters, bases, corpus, model, settings, targets, training
+from katherine.checkpoints import Checkpoints
 from katherine.progress import Progress
 from katherine.recipe import SftRecipe
 from katherine.template import ChatTemplate, Rendered
@@ -33,7 +34,7 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
     rows = [row(template.training(conversation)) for conversation in conversations]
     sequences = training.arrange(rows, lambda r: len(r["input_ids"]), recipe, progress)
 
-    lora = model.Lora(recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules)
+    lora = adapters.Lora(recipe.lora_r, recipe.lora_alpha, recipe.lora_dropout, recipe.target_modules)
     loaded = model.load(
         checkpoint,
         lora,
@@ -42,11 +43,11 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
     )
-    kept = training.checkpoints(recipe, sequences, out, progress)
+    kept = training.checkpoints_of(recipe, sequences, out, progress)
     made = trainer(loaded, checkpoint, sequences, recipe, kept, progress)
     progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
-    record = model.record_of(recipe.base, checkpoint, recipe.load_in_4bit)
-    history = training.run(made, recipe, kept, record, out, progress)
+    base = model.describe(recipe.base, checkpoint, recipe.load_in_4bit)
+    history = training.run(made, recipe, kept, base, out, progress)
     return training.summary(history, sequences)
 
 
@@ -55,7 +56,7 @@ def trainer(
     checkpoint: Path,
     sequences: training.Sequences,
     recipe: SftRecipe,
-    kept: training.Checkpoints,
+    kept: Checkpoints,
     progress: Progress,
 ) -> Any:
     """TRL's SFTTrainer over rows that are already tokenised and labelled, which it leaves as they are."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from katherine import engines
+from katherine import adapters, engines
+from katherine.progress import Progress
+from katherine.settings import home
 from katherine.template import ChatTemplate
 
 # Rows answered together by a model in this process: as many as the demo's probes that are compared, and small beside
@@ -104,13 +106,17 @@ class StageSpeaker:
 
 
 @contextlib.contextmanager
-def stages(adapters: Mapping[str, Path], template: ChatTemplate) -> Iterator[dict[str, StageSpeaker]]:
-    """The base, and each adapter on it by its name: one base in memory serves them all. Raises NotFound, DataError or
-    ExportError where an adapter does not fit."""
+def stages(
+    trained: Mapping[str, Path], template: ChatTemplate, progress: Progress
+) -> Iterator[dict[str, StageSpeaker]]:
+    """The base, and each adapter of `trained` (name → folder) on it: one base in memory serves them all. Raises
+    NotFound, SetupError or ModelError where an adapter does not fit."""
     from katherine import model
 
-    names = list(adapters)
-    loaded = model.with_adapter(model.base_record(adapters[names[0]]), adapters[names[0]], name=names[0])
+    model.settle(home(), progress)
+    names = list(trained)
+    base = adapters.base_of(home(), trained[names[0]])
+    loaded = model.with_adapter(base, trained[names[0]], name=names[0])
     for name in names[1:]:
-        loaded.load_adapter(str(adapters[name]), name)
+        loaded.load_adapter(str(trained[name]), name)
     yield {"base": StageSpeaker(loaded, None, template)} | {n: StageSpeaker(loaded, n, template) for n in names}

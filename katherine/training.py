@@ -4,29 +4,24 @@ held-out split, averaging and EMA. Each trainer's own loss and data are the busi
 import hashlib
 import json
 import math
-import os
 import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from katherine import adapters, checkpoints
 from katherine import model as models
+from katherine.checkpoints import Checkpoints, sync
 from katherine.errors import DataError, TemplateError, TrainingError
 from katherine.progress import Progress, Stopped
 from katherine.recipe import DpoRecipe, SftRecipe
-from katherine.runs import write_json
 from katherine.template import Parity
 
-# The newest checkpoint may be damaged (a machine that died, a network volume): the one before it is the way out.
-KEEP = 2
-_MANIFEST = "manifest.json"
 _EMA = "ema.safetensors"
-_CHUNK = 1 << 20  # bytes hashed at a time; any size that is not tiny does
 
 T = TypeVar("T")
 
@@ -78,110 +73,6 @@ def arrange(
     if aside:
         progress.say(f"{aside} examples are held out and only evaluated.")
     return Sequences(train, [fitting[index] for index in sorted(held_out)], too_long)
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-class Checkpoints:
-    """A folder of checkpoint-<step> folders. Each is filled under a hidden name, gets its manifest (the sha256 of
-    every file) last, and is then renamed: under its own name it is whole."""
-
-    def __init__(self, folder: Path, keep: int, fingerprint: str, progress: Progress):
-        self.folder = folder
-        self.keep = keep
-        self.fingerprint = fingerprint
-        self.progress = progress
-
-    def steps(self) -> list[int]:
-        """Steps that have a folder, oldest first."""
-        found = (path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*"))
-        return sorted(int(step) for step in found if step.isdigit())
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"checkpoint-{step}"
-
-    @contextmanager
-    def writing(self, step: int) -> Iterator[Path]:
-        """A folder to fill; it appears as checkpoint-<step> when the block ends without an error."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".checkpoint-{step}-", dir=self.folder))
-        try:
-            yield draft
-            files = {path.name: _describe(path) for path in sorted(draft.iterdir())}
-            write_json(draft / _MANIFEST, {"step": step, "fingerprint": self.fingerprint, "files": files})
-            _sync(draft)
-            if self.path(step).exists():
-                self._remove(step)
-            draft.rename(self.path(step))
-            _sync(self.folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        for old in self.steps()[: -self.keep]:
-            self._remove(old)
-
-    def newest(self) -> Path | None:
-        """The newest sound checkpoint, or None. Unsound ones are named in the log and removed.
-
-        Raises TrainingError where a sound one belongs to another recipe or dataset.
-        """
-        for draft in self.folder.glob(".checkpoint-*"):
-            shutil.rmtree(draft, ignore_errors=True)
-        for step in reversed(self.steps()):
-            if fault := self._fault(step):
-                self.progress.say(f"{self.path(step)} is not sound ({fault}): trying an older one.")
-                self._remove(step)
-                continue
-            found = json.loads((self.path(step) / _MANIFEST).read_text())["fingerprint"]
-            if found != self.fingerprint:
-                raise TrainingError(
-                    f"{self.path(step)} belongs to another recipe, dataset or parent. Start a new run instead of "
-                    "resuming this one."
-                )
-            return self.path(step)
-        return None
-
-    def _fault(self, step: int) -> str:
-        """Why a checkpoint cannot be resumed from; empty where it can."""
-        folder = self.path(step)
-        try:
-            files = json.loads((folder / _MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError):
-            return "its manifest is missing or damaged"
-        for name, expected in files.items():
-            try:
-                if _describe(folder / name) != expected:
-                    return f"{name} has changed since it was written"
-            except OSError as error:
-                return f"{name}: {error.strerror}"
-        return ""
-
-    def _remove(self, step: int) -> None:
-        # Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
-        doomed = self.folder / f".checkpoint-{step}-{time.monotonic_ns()}"
-        self.path(step).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as data:
-        while chunk := data.read(_CHUNK):
-            digest.update(chunk)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder and its files to disk."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-# ------------------------------------------------------------------------------------------- during training
 
 
 class Ema:
@@ -280,7 +171,7 @@ class Recorded(_Trainer):
 
         step = self.state.global_step
         with self.checkpoints.writing(step) as folder:
-            models.save_adapter(self.model, models.adapter_weights(self.model), folder)
+            adapters.save(self.model, models.adapter_weights(self.model), folder)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
@@ -292,7 +183,7 @@ class Recorded(_Trainer):
         from safetensors.torch import load_file
 
         folder = Path(resume_from_checkpoint)
-        models.set_adapter_weights(self.model, models.read_weights(folder), folder)
+        models.set_adapter_weights(self.model, adapters.read_weights(folder), folder)
         if self.ema:
             self.ema.restore(load_file(folder / _EMA))
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -364,20 +255,20 @@ def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, prog
     }
 
 
-def checkpoints(
+def checkpoints_of(
     recipe: SftRecipe | DpoRecipe, sequences: Sequences, out: Path, progress: Progress, parent: str = ""
 ) -> Checkpoints:
     """The run's checkpoint folder. `parent` is whatever else the result depends on, as a hash."""
     whole = json.dumps([recipe.model_dump(mode="json"), sequences.fingerprint, parent], sort_keys=True)
     fingerprint = hashlib.sha256(whole.encode()).hexdigest()
-    return Checkpoints(out / "checkpoints", max(KEEP, recipe.average_checkpoints), fingerprint, progress)
+    return Checkpoints(out / "checkpoints", max(checkpoints.KEEP, recipe.average_checkpoints), fingerprint, progress)
 
 
 def run(
     trainer: Any,
     recipe: SftRecipe | DpoRecipe,
     kept: Checkpoints,
-    record: models.BaseRecord,
+    base: adapters.Base,
     out: Path,
     progress: Progress,
 ) -> list[dict[str, Any]]:
@@ -406,10 +297,10 @@ def run(
         progress.say(f"The adapter is the moving average of its weights (decay {recipe.ema_decay}).")
     weights = models.adapter_weights(trainer.model)
     if recipe.average_checkpoints > 1:
-        weights = average([models.read_weights(kept.path(s)) for s in kept.steps()[-recipe.average_checkpoints :]])
+        weights = average([adapters.read_weights(kept.path(s)) for s in kept.steps()[-recipe.average_checkpoints :]])
         steps = ", ".join(str(s) for s in kept.steps()[-recipe.average_checkpoints :])
         progress.say(f"The adapter is the mean of the checkpoints at steps {steps}.")
-    write_adapter(trainer.model, weights, record, out / "adapter")
+    write_adapter(trainer.model, weights, base, out / "adapter")
     progress.say(f"The adapter is in {out / 'adapter'}.")
     return trainer.state.log_history
 
@@ -422,15 +313,15 @@ def average(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_adapter(model: Any, weights: dict[str, Any], record: models.BaseRecord, folder: Path) -> None:
+def write_adapter(model: Any, weights: dict[str, Any], base: adapters.Base, folder: Path) -> None:
     """The finished adapter and its base.json; the folder appears whole, and replaces one left by an earlier attempt."""
     for left in folder.parent.glob(".adapter-*"):
         shutil.rmtree(left)
     draft = Path(tempfile.mkdtemp(prefix=".adapter-", dir=folder.parent))
-    models.save_adapter(model, weights, draft)
-    models.write_base_record(draft, record)
+    adapters.save(model, weights, draft)
+    adapters.write_base(draft, base)
     draft.chmod(0o755)
-    _sync(draft)
+    sync(draft)
     if folder.exists():
         shutil.rmtree(folder)
     draft.rename(folder)

@@ -118,7 +118,7 @@ def write_adapter(folder: Path, base: Path, model_class: str, *, strength: float
             torch.nn.init.normal_(weight, std=strength)
     adapted.save_pretrained(str(folder))
     record = {
-        "base": str(base),
+        "name": str(base),
         "checkpoint": str(base),
         "model_class": model_class,
         "load_in_4bit": False,

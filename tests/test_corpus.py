@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from katherine import corpus, findings, intake, lines
+from katherine import corpus, findings, intake, lines, probes
 from katherine.errors import DataError, DiskError, NotFound
 from katherine.examples import Conversation, Message, Preference
 from katherine.settings import PROJECT, Home
@@ -55,6 +55,21 @@ def warnings(dataset: corpus.Dataset) -> list[dict]:
 
 def rejects_file(dataset: corpus.Dataset) -> list[dict]:
     return [json.loads(line) for line in (dataset.path / "rejects.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def prepare_alone(file: Path, home: Path) -> tuple[dict, int]:
+    """What a process of its own reports of `file`, and by how many bytes its peak of memory grew. The peak is VmHWM:
+    getrusage's begins at that of the process which started it, and so hides whatever is smaller than the tests."""
+    script = (
+        "import json, re, sys; from pathlib import Path; from katherine import corpus, settings\n"
+        "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024\n"
+        "before = peak()\n"
+        "report = corpus.prepare([Path(sys.argv[1])], settings.Home(Path(sys.argv[2]))).report\n"
+        "grown = peak() - before\n"
+        "print(json.dumps([report, grown]))"
+    )
+    command = [sys.executable, "-c", script, str(file), str(home)]
+    return tuple(json.loads(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout))
 
 
 class WordCount:
@@ -166,6 +181,13 @@ def test_other_words_are_another_example(tmp_path, home, other):
     assert both.fingerprint != alone.fingerprint
 
 
+@pytest.mark.parametrize("text", ["🙂", "\u2764\ufe0f", "\u200b.\u200b", "\ue000", "\U0001fae8"])
+def test_one_character_that_shows_is_a_reply(tmp_path, home, text):
+    """The last two are of private use and newer than some Pythons' tables: no reason to call them nothing."""
+    (conversation,) = corpus.prepare([write(tmp_path / "a.jsonl", sft("hi", text))], home).conversations()
+    assert conversation.messages[1].content == text
+
+
 def test_inner_line_ends_become_lf_and_nothing_else_changes(tmp_path, home):
     text = "one\r\ntwo\u2028three\u0085 \x0bfour  \u200b<|im_end|>"
     (conversation,) = corpus.prepare([write(tmp_path / "a.jsonl", sft("hi", f" {text} "))], home).conversations()
@@ -236,6 +258,8 @@ BAD = {
     "only system": ({"messages": [{"role": "system", "content": "x"}]}, "nothing is left after system turns"),
     "empty turn": (sft("hi", ""), "empty turn: turn 2 (assistant)"),
     "blank turn": (sft(" \r\n\u2003", "hey"), "empty turn: turn 1 (user)"),
+    "zero-width turn": (sft("hi", "\u200b\ufeff \u2060\u00ad\u200d\n"), "empty turn: turn 2 (assistant)"),
+    "NUL turn": (sft("\x00\x00", "hey"), "empty turn: turn 1 (user)"),
     "think": (sft("hi", "<think>hm</think>hey"), "thoughts are never learned"),
     "think, escaped": ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": '
                        '"\\u003cTHINK\\u003e y"}]}', "thoughts are never learned"),
@@ -256,6 +280,7 @@ BAD = {
     "empty prompt": (pair("q", "a", "b") | {"prompt": []}, "`prompt`: there are no messages"),
     "empty question": (pair(" ", "a", "b"), "`prompt`: empty turn"),
     "empty rejected": (pair("q", "a", " "), "empty turn: `rejected`"),
+    "zero-width chosen": (pair("q", "\u200e\ufe0f\u3164", "b"), "empty turn: `chosen`"),
     "two replies": (pair("q", "a", "b") | {"chosen": GOOD["messages"][1:] * 2}, "found assistant, assistant"),
     "chosen by the user": (pair("q", "a", "b") | {"chosen": GOOD["messages"][:1]}, "found user"),
     "think in rejected": (pair("q", "a", "<think></think>b"), "`rejected`: the assistant's text holds <think>"),
@@ -367,20 +392,11 @@ def test_a_100_mb_line_is_rejected_by_size_in_little_memory(tmp_path):
         for _ in range(100):
             out.write(b"x" * 2**20)
         out.write(b'"}\n' + json.dumps(sft("after", "yes")).encode())
-    script = (
-        "import json, resource, sys; from pathlib import Path; from katherine import corpus, settings\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "report = corpus.prepare([Path(sys.argv[1])], settings.Home(Path(sys.argv[2]))).report\n"
-        "report['grown'] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024\n"
-        "print(json.dumps(report))"
-    )
-    command = [sys.executable, "-c", script, str(file), str(tmp_path / "home")]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+    report, grown = prepare_alone(file, tmp_path / "home")
     assert report["sft"] == {"unique": 2, "duplicates": 0, "rejected": 1}
     assert report["problems"][0]["line"] == 2
     assert report["problems"][0]["reason"] == "the line has 104,857,616 bytes; the limit is 8,388,608"
-    assert report["grown"] < 8 * intake.MAX_LINE
+    assert grown < 8 * intake.MAX_LINE
     folder = Path(report["path"])
     (entry,) = (json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines())
     assert entry["shortened"] is True
@@ -479,6 +495,56 @@ def test_folders_are_read_to_the_bottom_and_names_stay_apart(tmp_path, home):
     assert (dataset.path / "raw" / files["other/x.jsonl"]).read_bytes() == other.read_bytes()
     assert rejected(dataset)[0]["file"] == "other/x.jsonl"
     assert dataset.report["sft"]["unique"] == 4
+
+
+def test_a_folders_jsonl_files_are_read_whatever_their_case_and_its_json_files_are_named(tmp_path, home):
+    folder = tmp_path / "in"
+    write(folder / "a.jsonl", sft("1", "x"))
+    write(folder / "B.JSONL", sft("2", "x"))
+    write(folder / "b.Jsonl", sft("3", "x"))
+    (folder / "c.json").write_text(json.dumps([GOOD]))
+    write(folder / "deep" / "D.JSON", GOOD)
+    for other in ("probes.toml", "notes.txt", "read.md", "jsonl", "e.json.bak"):
+        (folder / other).write_text("not data")
+    dataset = corpus.prepare([folder], home)
+    assert [file["file"] for file in dataset.report["by_file"]] == ["B.JSONL", "a.jsonl", "b.Jsonl"]
+    assert dataset.report["sft"]["unique"] == 3
+    assert [(p["file"], p["line"]) for p in dataset.report["problems"]] == [("c.json", None), ("deep/D.JSON", None)]
+    for problem in warnings(dataset):
+        assert problem["reason"].startswith("not read: ")
+        assert "put one object a line into a .jsonl file" in problem["reason"]
+    assert all((dataset.path / "raw" / file["raw"]).match("*.jsonl") for file in dataset.report["by_file"])
+
+
+@pytest.mark.parametrize("folder_first", [True, False])
+def test_a_json_file_that_is_named_itself_is_read(tmp_path, home, folder_first):
+    paths = [tmp_path / "in", write(tmp_path / "in" / "c.json", sft("1", "x"))]
+    write(tmp_path / "in" / "a.jsonl", GOOD)
+    dataset = corpus.prepare(paths if folder_first else paths[::-1], home)
+    assert dataset.report["sft"]["unique"] == 2
+    assert not dataset.report["problems"]
+
+
+def test_a_folder_of_json_files_alone_is_refused_and_they_are_named(tmp_path, home):
+    write(tmp_path / "in" / "c.json", GOOD)
+    with pytest.raises(DataError, match=r"(?s)without any \.jsonl file.*c\.json.*put one object a line"):
+        corpus.prepare([tmp_path / "in"], home)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 250, "x" * 249 + ".jsonl", "é" * 125, os.fsdecode(b"\xe9" * 90)],
+    ids=["no suffix", "with suffix", "two bytes a letter", "not UTF-8"],
+)
+def test_a_name_as_long_as_file_systems_take_is_shortened_in_raw(tmp_path, home, name):
+    one, two = write(tmp_path / "1" / name, GOOD, "{"), write(tmp_path / "2" / name, sft("2", "x"))
+    dataset = corpus.prepare([one, two], home)
+    assert dataset.report["sft"]["unique"] == 2
+    label = os.fsencode(f"1/{name}").decode(errors="backslashreplace")
+    assert rejected(dataset)[0]["file"] == label
+    raw = {file["file"]: dataset.path / "raw" / file["raw"] for file in dataset.report["by_file"]}
+    assert raw[label].read_bytes() == one.read_bytes()
+    assert len(set(raw.values())) == 2
 
 
 def test_a_file_name_that_is_not_utf_8_is_still_named(tmp_path, home):
@@ -597,7 +663,7 @@ def test_tokens_are_counted_by_the_template(tmp_path, home):
     }  # fmt: skip
     assert tokens["pairs"] == {"p50": 5, "p90": 5, "p99": 5, "max": 5, "over_max_length": 0}
     (problem,) = warnings(dataset)
-    assert (problem["line"], problem["reason"]) == (10, "11 tokens; training cuts at 10")
+    assert (problem["line"], problem["reason"]) == (10, "11 tokens; training takes up to 10 and leaves this one out")
 
 
 def test_tokens_of_pairs_alone(tmp_path, home):
@@ -683,15 +749,37 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path, home):
 
 def test_preparing_takes_flat_memory_for_each_line(tmp_path):
     """The promise of a million lines in 1 GB, at a hundredth: what a line adds is hashes and places, not text."""
-    script = (
-        "import resource, sys; from pathlib import Path; from katherine import corpus, settings\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "corpus.prepare([Path(sys.argv[1])], settings.Home(Path(sys.argv[2])))\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"
-    )
     rows = (sft(f"question {n}", f"{n} " * 1000) for n in range(10_000))
     file = write(tmp_path / "a.jsonl", *rows)
-    command = [sys.executable, "-c", script, str(file), str(tmp_path / "home")]
-    grown = int(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
     assert file.stat().st_size > 40e6
-    assert grown < 25e6
+    assert prepare_alone(file, tmp_path / "home")[1] < 25e6
+
+
+def test_a_rejected_line_takes_memory_for_its_place_alone(tmp_path):
+    """310 bytes are promised; on top come the 10,000 texts that are shown and the buffers."""
+    row = json.dumps(sft("question", "")) + " " * 600
+    file = write(tmp_path / "a.jsonl", GOOD, *(f"{row}{n}" for n in range(60_000)))
+    report, grown = prepare_alone(file, tmp_path / "home")
+    assert report["sft"]["rejected"] == len(report["problems"]) == 60_000
+    assert grown < 60_000 * 310 + 8e6
+
+
+def test_every_rejected_line_is_named_and_the_first_of_them_show_their_text(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(intake, "SHOWN_TEXTS", 3)
+    rows = [sft(f"hi {n}", "") for n in range(5)] + [sft("w " * 20, "w")]
+    dataset = corpus.prepare([write(tmp_path / "a.jsonl", *rows)], home, template=WordCount(), max_length=10)
+    assert [p["line"] for p in rejected(dataset)] == [1, 2, 3, 4, 5]
+    assert {p["reason"] for p in rejected(dataset)} == {"empty turn: turn 2 (assistant) has no text"}
+    assert [bool(p["text"]) for p in dataset.report["problems"]] == [True, True, True, False, False, False]
+    assert [json.loads(entry["text"]) for entry in rejects_file(dataset)] == rows[:5]
+
+
+# ---------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_sample_is_a_whole_corpus_without_a_rejected_line(home):
+    report = corpus.prepare([probes.SAMPLE], home).report
+    assert report["sft"]["unique"] >= 80
+    assert report["dpo"]["curated"] >= 24
+    assert report["sft"]["rejected"] + report["dpo"]["rejected"] + report["unrecognised"] == 0
+    assert not [problem for problem in report["problems"] if problem["severity"] == "rejected"]

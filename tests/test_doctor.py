@@ -123,7 +123,7 @@ def test_a_check_that_fails_hides_no_other(tmp_path, hub, monkeypatch):
     assert states["memory"].state == "problem"
     assert "planted" in states["memory"].finding
     assert states["decode"].state == "ok"
-    assert len(checks) == len(states) >= 12
+    assert len(checks) == len(states) >= 11
 
 
 def test_a_hub_that_is_not_there_is_a_warning_with_a_remedy(hub):

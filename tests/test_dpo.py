@@ -12,7 +12,7 @@ import torch
 from conftest import Told
 from test_sft import PROJECT, tensors, tiny_recipe
 
-from katherine import corpus, dpo, model, recipe, sft, training
+from katherine import adapters, corpus, dpo, model, recipe, settings, sft, training
 from katherine.errors import NotFound
 from katherine.progress import Quiet
 from katherine.template import ChatTemplate
@@ -27,7 +27,7 @@ def pair_recipe(**changes):
         "save_steps": 1,
         "learning_rate": 1e-3,
     }
-    return recipe.preset("demo", recipe.DpoRecipe, **values | changes)
+    return recipe.preset("demo", recipe.DpoRecipe, values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_it_prefers_the_chosen_replies_in_the_predicted_steps(uninterrupted, sft
     assert all(wanted <= set(row) for row in told.rows) and len(told.rows) == 4
     before, after = tensors(sft_adapter), tensors(out / "adapter")
     assert set(before) == set(after) and not any(torch.equal(before[name], after[name]) for name in before)
-    assert model.base_record(out / "adapter") == model.base_record(sft_adapter)
+    assert adapters.base_of(settings.home(), out / "adapter") == adapters.base_of(settings.home(), sft_adapter)
 
 
 def test_the_model_sees_exactly_what_the_template_rendered(tiny_llama, talk_dataset, sft_adapter, tmp_path):
@@ -75,13 +75,13 @@ def test_the_model_sees_exactly_what_the_template_rendered(tiny_llama, talk_data
     wanted = pair_recipe()
     loaded = model.load(
         tiny_llama,
-        model.read_lora(sft_adapter),
+        adapters.lora_of(sft_adapter),
         load_in_4bit=False,
         max_length=512,
         gradient_checkpointing=False,
         seed=1,
     )
-    kept = training.checkpoints(wanted, rows, tmp_path, Quiet())
+    kept = training.checkpoints_of(wanted, rows, tmp_path, Quiet())
     made = dpo.trainer(loaded, tiny_llama, rows, wanted, kept, Quiet())
     batch = next(iter(made.get_train_dataloader()))
     assert len(batch["input_ids"]) == 4  # two pairs: their chosen replies, then their rejected ones

@@ -46,7 +46,7 @@ def test_all_linear_differs_from_k0_only_in_its_targets():
 
 
 def test_a_held_out_share_lowers_the_steps():
-    held = recipe.preset("k0", SftRecipe, held_out=0.1)
+    held = recipe.preset("k0", SftRecipe, {"held_out": 0.1})
     assert held.trained_on(100) == 90
     assert held.steps(1886) < 177
 

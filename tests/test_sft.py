@@ -13,7 +13,7 @@ import torch
 from conftest import Told, reply, user, write_dataset
 from safetensors.torch import load_file
 
-from katherine import corpus, model, recipe, sft, training
+from katherine import adapters, checkpoints, corpus, model, recipe, settings, sft, training
 from katherine.errors import DataError, RecipeError, TemplateError, TrainingError
 from katherine.examples import Conversation
 from katherine.progress import Quiet, Stopped
@@ -37,7 +37,7 @@ def tiny_recipe(base: Path, **changes):
         "save_steps": 2,
         "learning_rate": 5e-3,
     }
-    return recipe.preset("demo", recipe.SftRecipe, **values | changes)
+    return recipe.preset("demo", recipe.SftRecipe, values | changes)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -59,10 +59,10 @@ def test_the_model_sees_exactly_what_the_template_rendered(tiny_llama, talk_data
     assert len(expected.turns) == 2 and expected.ids[-1] == template.end_of_turn_id
     wanted = tiny_recipe(tiny_llama)
     rows = training.Sequences([sft.row(expected), sft.row(template.training(conversations[1]))], [], 0)
-    kept = training.checkpoints(wanted, rows, tmp_path, Quiet())
+    kept = training.checkpoints_of(wanted, rows, tmp_path, Quiet())
     loaded = model.load(
         tiny_llama,
-        model.Lora(4, 8, 0.0, wanted.target_modules),
+        adapters.Lora(4, 8, 0.0, wanted.target_modules),
         load_in_4bit=False,
         max_length=512,
         gradient_checkpointing=False,
@@ -102,15 +102,15 @@ def test_every_adapter_tensor_moves_and_the_vision_tower_gets_none(tiny_qwen, ti
     assert not [name for name in after if "visual" in name or "mtp" in name]
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in after)
     assert all(value.any() for name, value in after.items() if "lora_B" in name)
-    record = model.base_record(tmp_path / "adapter")
-    assert record == model.BaseRecord(
+    record = adapters.base_of(settings.home(), tmp_path / "adapter")
+    assert record == adapters.Base(
         str(tiny_qwen),
         str(tiny_qwen),
         "Qwen3_5ForConditionalGeneration",
         False,
         str(model.compute_type()).removeprefix("torch."),
     )
-    assert model.read_lora(tmp_path / "adapter") == model.Lora(4, 8, 0.05, tuple(sorted(chosen)))
+    assert adapters.lora_of(tmp_path / "adapter") == adapters.Lora(4, 8, 0.05, tuple(sorted(chosen)))
 
 
 def test_a_stopped_run_keeps_its_work_and_goes_on_as_if_it_had_not(uninterrupted, tiny_llama, tiny_dataset, tmp_path):
@@ -185,8 +185,8 @@ def test_a_run_that_died_after_its_last_step_only_writes_the_adapter(uninterrupt
 def test_a_checkpoint_whose_writer_was_killed_is_absent(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from katherine import training; from katherine.progress import Quiet\n"
-        "kept = training.Checkpoints(Path(sys.argv[1]), 2, 'same', Quiet())\n"
+        "from katherine import checkpoints; from katherine.progress import Quiet\n"
+        "kept = checkpoints.Checkpoints(Path(sys.argv[1]), 2, 'same', Quiet())\n"
         "with kept.writing(1) as folder: (folder / 'a').write_text('whole')\n"
         "with kept.writing(2) as folder:\n"
         "    (folder / 'a').write_text('half')\n"
@@ -194,7 +194,7 @@ def test_a_checkpoint_whose_writer_was_killed_is_absent(tmp_path):
     )
     child = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=PROJECT)
     assert child.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 2
-    kept = training.Checkpoints(tmp_path, 2, "same", Quiet())
+    kept = checkpoints.Checkpoints(tmp_path, 2, "same", Quiet())
     assert kept.newest() == tmp_path / "checkpoint-1"
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from katherine import targets
+from katherine import adapters, targets
 from katherine.errors import RecipeError
 from katherine.recipe import ATTENTION_AND_MLP, GATED_DELTA
 
@@ -45,7 +45,7 @@ def test_the_adapters_size_is_the_one_peft_makes(tiny_qwen):
 
     found, config = model.architecture(tiny_qwen)
     base = found(config)
-    chosen = model.Lora(4, 8, 0.0, ATTENTION_AND_MLP + GATED_DELTA)
+    chosen = adapters.Lora(4, 8, 0.0, ATTENTION_AND_MLP + GATED_DELTA)
     made = get_peft_model(base, LoraConfig(**model.lora_arguments(chosen, base)))
     report = targets.matches(tiny_qwen, chosen.target_modules)
     assert report.trainable(4) == made.get_nb_trainable_parameters()[0]

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from katherine import model, recipe
+from katherine import adapters, recipe, settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -47,12 +47,12 @@ Path(told_in).write_text(json.dumps({"result": result, "rows": told.rows, "lines
 MERGE = """
 import json, sys
 from pathlib import Path
-from katherine import corpus, merge, model
+from katherine import adapters, corpus, merge, settings
 from katherine.progress import Quiet
 from katherine.template import ChatTemplate
 
 adapter, dataset, folder, told_in = map(Path, sys.argv[1:])
-record = model.base_record(adapter)
+record = adapters.base_of(settings.home(), adapter)
 template = ChatTemplate.load(Path(record.checkpoint))
 samples = [template.training(c) for c in corpus.Dataset(dataset, {}).conversations()]
 # 0.25 nats: the recipe's own limit for what a quant may cost
@@ -117,12 +117,12 @@ def test_a_stopped_sft_run_goes_on_to_its_last_step_and_learns(trained):
 
 
 def test_the_adapter_has_the_names_and_the_precision_it_has_from_a_cpu(trained):
-    weights = load_file(trained.adapter / model.ADAPTER_WEIGHTS)
+    weights = load_file(trained.adapter / adapters.WEIGHTS)
     assert len(weights) == 2 * (3 * 8 + 7)  # 3 gated-delta layers of 8 linear modules, 1 attention layer of 7
     assert all(name.startswith("base_model.model.model.language_model.layers.") for name in weights)
     assert {str(value.dtype) for value in weights.values()} == {"torch.float32"}
     assert all(value.any() for name, value in weights.items() if "lora_B" in name)
-    record = model.base_record(trained.adapter)
+    record = adapters.base_of(settings.home(), trained.adapter)
     assert record.model_class == "Qwen3_5ForConditionalGeneration" and record.dtype == "bfloat16"
     assert record.load_in_4bit is trained.load_in_4bit
 
@@ -133,8 +133,8 @@ def test_dpos_first_loss_is_ln_2_and_both_rewards_are_0(trained):
     assert result["first_loss"] == pytest.approx(math.log(2), abs=2e-3)
     assert result["first_rewards"] == pytest.approx([0.0, 0.0], abs=1e-3)
     assert result["steps"] == STEPS and result["last_margin"] > 0
-    before = load_file(trained.adapter / model.ADAPTER_WEIGHTS)
-    after = load_file(trained.folder / "dpo" / "adapter" / model.ADAPTER_WEIGHTS)
+    before = load_file(trained.adapter / adapters.WEIGHTS)
+    after = load_file(trained.folder / "dpo" / "adapter" / adapters.WEIGHTS)
     assert set(before) == set(after) and any(not torch.equal(before[name], after[name]) for name in before)
 
 
