@@ -16,8 +16,10 @@ from katherine.recipe import ExportRecipe
 from katherine.template import ChatTemplate, Rendered
 
 # Greedy decoding can loop on a prompt where sampling would not: seen with 1 of 8 on the small base. So one in ten may
-# run on, and one where there are fewer; where the end-of-turn is wrong in the file or was not learned, nearly all do.
+# run on; where the end-of-turn is wrong in the file or was not learned, nearly all do.
 MAY_RUN_ON = 0.1
+# With fewer examples a tenth is none; from here on one may, since one loop in so few says little.
+ONE_MAY_RUN_ON = 8
 # As many failures as a finding names.
 _NAMED = 3
 _WIDE = ("f32", "f16", "bf16")
@@ -212,7 +214,7 @@ def _replies(
         if "<think" in reply.text:
             thinking.append(_named(example))
     ended = len(examples) - len(running)
-    allowed = max(1, int(len(examples) * MAY_RUN_ON))
+    allowed = max(int(len(examples) * MAY_RUN_ON), len(examples) >= ONE_MAY_RUN_ON)
     finding = f"{ended} of {len(examples)} greedy replies end by themselves ({allowed} may run on), "
     finding += f"the longest has {longest} tokens"
     if running:

@@ -109,11 +109,15 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
             spent = {"quantise": seconds[f"quantise {quant}"], "check": seconds[f"check {quant}"]}
             files.append(_entry(path, quant, found, spent))
             _tell(progress, files[-1])
+    except BaseException:
+        # 18 GB at 9B, and perhaps half a file.
+        unquantised.unlink(missing_ok=True)
+        raise
     finally:
         shutil.rmtree(merged, ignore_errors=True)
         reference.unlink(missing_ok=True)
-        if not recipe.keep_unquantised:
-            unquantised.unlink(missing_ok=True)
+    if not recipe.keep_unquantised:
+        unquantised.unlink()
     manifest = {
         "base": base.name,
         "adapter_sha256": _sha256(adapter / adapters.WEIGHTS),
