@@ -266,7 +266,8 @@ class ProbeRecipe(Recipe):
     @field_validator("probes")
     @classmethod
     def _file_from_anywhere(cls, value: str) -> str:
-        return _absolute(value)
+        # A bare name is a set's, even where a folder is called alike.
+        return _absolute(value) if value.endswith(".toml") else value
 
 
 KINDS: dict[str, type[Recipe]] = {r.kind: r for r in (SftRecipe, DpoRecipe, ExportRecipe, ProbeRecipe)}
@@ -279,7 +280,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # A 135M model needs larger steps than 9B to change its mind, and a hundred examples need smaller batches to make
     # enough of them. Two rows at a time: on a CPU, rows padded to each other's length cost what real ones do (measured:
     # 136, 184 and 165 tokens a second with 1, 2 and 4 rows). Nothing is quantised, since bitsandbytes needs CUDA, and
-    # no dropout, whose random numbers are a tenth of a step here.
+    # nothing dropped out, to save the random numbers.
     "demo": {
         "sft": {
             "base": "smollm2-135m",

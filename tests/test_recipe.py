@@ -56,3 +56,14 @@ def test_unknown_names_are_refused_with_what_there_is():
         recipe.preset("k1", SftRecipe)
     with pytest.raises(NotFound, match="export"):
         recipe.load("bake", {})
+
+
+def test_a_path_is_made_absolute_where_it_is_given_and_a_name_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "mybase").mkdir()
+    (tmp_path / "katherine").mkdir()
+    (tmp_path / "mine.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert recipe.make(SftRecipe, {"base": "mybase"}).base == str(tmp_path / "mybase")
+    assert recipe.make(SftRecipe, {"base": "Qwen/Qwen3.5-9B"}).base == "Qwen/Qwen3.5-9B"
+    assert recipe.load("probe", {"probes": "mine.toml"}).probes == str(tmp_path / "mine.toml")
+    assert recipe.load("probe", {"probes": "katherine"}).probes == "katherine"
