@@ -14,6 +14,9 @@ from katherine.errors import DataError, KatherineError, RecipeError, SetupError
 from katherine.settings import Home, home
 from katherine.template import ChatTemplate
 
+# As many as a person reads on a screen; the report has them all.
+SHOWN_PROBLEMS = 40
+
 
 def say(text: str) -> None:
     """Progress and remarks go to stderr, so that --json stays one object on stdout."""
@@ -57,12 +60,15 @@ def prepare(options: argparse.Namespace) -> None:
     )
     report = dataset.report
     if options.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        json.dump(report, sys.stdout, indent=2, ensure_ascii=False)
+        print()
         return
-    for problem in report["problems"]:
+    for problem in report["problems"][:SHOWN_PROBLEMS]:
         place = problem["file"] or "the whole dataset"
         line = "" if problem["line"] is None else f", line {problem['line']}"
         say(f"{problem['severity']}: {place}{line}: {problem['reason']}")
+    if (more := len(report["problems"]) - SHOWN_PROBLEMS) > 0:
+        say(f"and {more} more: all are in {dataset.path / 'report.json'}")
     show(
         [[name, *(part.get(k, "") for k in ("unique", "curated", "uncurated", "used", "duplicates", "rejected"))]
          for name, part in (("SFT", report["sft"]), ("DPO", report["dpo"]))],

@@ -75,3 +75,10 @@ def test_a_mistake_ends_in_words_and_not_in_a_traceback(app, words, says):
     assert ran.returncode == 1
     assert says in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_many_problems_are_counted_and_not_all_printed(app, files):
+    (files / "b.jsonl").write_text("{broken\n" * 200)
+    said = app("prepare", str(files)).stderr
+    assert said.count("rejected: ") == 40
+    assert "and 161 more: all are in" in said
