@@ -19,7 +19,6 @@ from katherine.runs import write_json
 # The newest checkpoint may be damaged (a machine that died, a network volume): the one before it is the way out.
 KEEP = 2
 _MANIFEST = "manifest.json"
-_CHUNK = 1 << 20  # bytes hashed at a time; any size that is not tiny does
 
 
 class Checkpoints:
@@ -103,11 +102,8 @@ class Checkpoints:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     with path.open("rb") as data:
-        while chunk := data.read(_CHUNK):
-            digest.update(chunk)
-    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+        return {"sha256": hashlib.file_digest(data, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
 def sync(folder: Path) -> None:

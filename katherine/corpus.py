@@ -19,10 +19,10 @@ import shutil
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -39,6 +39,7 @@ _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]*")
 _encode = msgspec.json.Encoder().encode
 _conversation = msgspec.json.Decoder(Conversation).decode
 _preference = msgspec.json.Decoder(Preference).decode
+T = TypeVar("T")
 
 
 class ChatTemplate(Protocol):
@@ -67,14 +68,30 @@ class Dataset:
         return self.report["fingerprint"]
 
     def conversations(self) -> list[Conversation]:
-        """The SFT examples, in the order of their content hashes."""
-        with (self.path / "sft.jsonl").open("rb") as file:
-            return [_conversation(line) for line in file]
+        return conversations(self.path)
 
     def preferences(self) -> list[Preference]:
-        """The pairs in use, in the order of their content hashes."""
-        with (self.path / "dpo.jsonl").open("rb") as file:
-            return [_preference(line) for line in file]
+        return preferences(self.path)
+
+
+def conversations(dataset: Path) -> list[Conversation]:
+    """The SFT examples of a dataset folder, in the order of their content hashes. Raises NotFound or DataError."""
+    return _read(dataset / "sft.jsonl", _conversation)
+
+
+def preferences(dataset: Path) -> list[Preference]:
+    """The pairs in use of a dataset folder, in the order of their content hashes. Raises NotFound or DataError."""
+    return _read(dataset / "dpo.jsonl", _preference)
+
+
+def _read(path: Path, decode: Callable[[bytes], T]) -> list[T]:
+    try:
+        with path.open("rb") as file:
+            return [decode(line) for line in file]
+    except FileNotFoundError:
+        raise NotFound(f"{path.parent} has no {path.name}: prepare the dataset again.") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error}): prepare the dataset again.") from error
 
 
 def load(home: Home, dataset_id: str) -> Dataset:

@@ -34,7 +34,7 @@ def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: 
     checkpoint = Path(base.checkpoint)
     progress.say(f"Going on from {adapter}, trained on {base.name}{' in 4 bit' if base.load_in_4bit else ''}.")
     template = ChatTemplate.load(checkpoint)
-    preferences = corpus.Dataset(dataset, {}).preferences()
+    preferences = corpus.preferences(dataset)
     training.proven(
         template.prove(Conversation((*p.prompt, *p.chosen)) for p in preferences), template.remarks, progress
     )

@@ -17,9 +17,8 @@ from typing import Any
 
 import msgspec
 
-from katherine import acceptance, adapters, gguf, runs
+from katherine import acceptance, adapters, corpus, gguf, runs
 from katherine.errors import DataError, DiskError, ExportError, NotFound, RecipeError
-from katherine.examples import Conversation
 from katherine.progress import Progress, Stopped
 from katherine.recipe import ExportRecipe
 from katherine.settings import home
@@ -50,7 +49,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     base = adapters.base_of(place, adapter)
     checkpoint = Path(base.checkpoint)
     template = ChatTemplate.load(checkpoint)
-    examples = acceptance.choose(template, _conversations(dataset), recipe)
+    examples = acceptance.choose(template, corpus.conversations(dataset), recipe)
     if not examples:
         raise DataError(f"{dataset / 'sft.jsonl'} has no conversation that fits a context: nothing to check with.")
 
@@ -163,17 +162,6 @@ def _part(seconds: dict[str, float], progress: Progress, name: str) -> Iterator[
     began = time.monotonic()
     yield
     seconds[name] = round(time.monotonic() - began, 3)
-
-
-def _conversations(dataset: Path) -> Sequence[Conversation]:
-    path = dataset / "sft.jsonl"
-    if not path.is_file():
-        raise NotFound(f"{dataset} has no sft.jsonl: acceptance needs real conversations. Prepare the dataset again.")
-    decoder = msgspec.json.Decoder(Conversation)
-    try:
-        return [decoder.decode(line) for line in path.read_bytes().split(b"\n") if line.strip()]
-    except msgspec.DecodeError as error:
-        raise DataError(f"{path} is damaged ({error}): prepare the dataset again.") from error
 
 
 def _entry(path: Path, quant: str, found: acceptance.Examined, seconds: dict[str, float]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
     for line in targets.matches(checkpoint, recipe.target_modules).lines(recipe.lora_r):
         progress.say(line)
     template = ChatTemplate.load(checkpoint)
-    conversations = corpus.Dataset(dataset, {}).conversations()
+    conversations = corpus.conversations(dataset)
     training.proven(template.prove(conversations), template.remarks, progress)
     rows = [row(template.training(conversation)) for conversation in conversations]
     sequences = training.arrange(rows, lambda r: len(r["input_ids"]), recipe, progress)
