@@ -12,6 +12,8 @@ class Figure(gr.HTML):
     Zoom and hidden traces are kept as long as `layout.uirevision` stays the same. Colours follow light and dark: leave
     paper, background, font and grid colours out of the layout. height: pixels."""
 
+    __module__ = "__main__"  # as in table: no .pyi file beside this one
+
     def __init__(self, empty: str, *, height: int = 260, **given: Any):
         super().__init__(
             None,

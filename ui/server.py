@@ -2,14 +2,12 @@
 
 import os
 import tempfile
-from pathlib import Path
 
 # Gradio reads these when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="katherine-uploads-")
 
 import gradio as gr
-import plotly
 import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, RedirectResponse
@@ -19,8 +17,6 @@ from katherine.settings import Home
 from ui import looks, operator, review
 from ui.panel import Panel
 
-_STATIC = Path(__file__).parent / "static"
-_PLOTLY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
 def create(home: Home) -> FastAPI:
@@ -37,9 +33,9 @@ def create(home: Home) -> FastAPI:
 
     @app.get("/static/plotly.min.js")
     def plotly_js() -> FileResponse:
-        return FileResponse(_PLOTLY, headers={"Cache-Control": "max-age=604800"})
+        return FileResponse(looks.PLOTLY, headers={"Cache-Control": "max-age=604800"})
 
-    app.mount("/static", StaticFiles(directory=_STATIC))
+    app.mount("/static", StaticFiles(directory=looks.STATIC))
     for path, page in (("/operator", operator.build(panel)), ("/review", review.build(panel))):
         gr.mount_gradio_app(
             app,
@@ -54,7 +50,7 @@ def create(home: Home) -> FastAPI:
             pwa=False,
             max_file_size="95mb",
             theme=looks.theme(),
-            head=looks.HEAD.format(version=plotly.__version__),
+            head=looks.head(),
         )
     return app
 

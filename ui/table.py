@@ -23,6 +23,9 @@ class Table(gr.HTML):
     `table.select(handler)` hears clicks on rows; the handler's `event: gr.EventData` has `event.id`, the row's id.
     `empty` is what to do next when there are no rows."""
 
+    # Gradio writes a .pyi file beside the source of a component's class, unless it was made in a session.
+    __module__ = "__main__"
+
     def __init__(self, columns: Sequence[str], empty: str, *, selects: bool = False, **given: Any):
         self._columns = list(columns)
         self._empty = empty
