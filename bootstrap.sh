@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare Debian or Ubuntu to a running Katherine:
 #
-#   bash bootstrap.sh               install, then start app.py
+#   bash bootstrap.sh               install, then serve the panel
 #   bash bootstrap.sh setup         install and stop      (setup --again: throw the environment away first)
 #   bash bootstrap.sh demo [...]    install, then run the whole pipeline on the sample persona
 #   bash bootstrap.sh test [...]    install, then linters, types and tests; the rest goes to pytest
@@ -422,6 +422,27 @@ install_tools() {
     echo "$wanted" >"$place/katherine.tools"
 }
 
+find_browser() { PYTHONPATH=$project "$python" "$project/tests/browser.py"; }
+
+# The tests look at the panel with a real Chromium, which comes through the system's packages, so only as root. Without
+# one they say which of them they left out; with KATHERINE_BROWSER=required that fails.
+bring_browser() {
+    local finding
+    if finding=$(find_browser); then return; fi
+    if ((EUID == 0)) && command -v apt-get >/dev/null; then
+        say "installing chromium with apt-get"
+        if ! { apt-get update && DEBIAN_FRONTEND=noninteractive \
+            apt-get install -y --no-install-recommends chromium openssl; } >>"$log" 2>&1; then
+            say "apt-get could not: $log"
+        fi
+        if finding=$(find_browser); then return; fi
+    fi
+    if [[ ${KATHERINE_BROWSER:-} == required ]]; then
+        fail "$finding" "$(as_root apt-get install chromium openssl), or on Ubuntu, whose package is a stub, Google's Chrome"
+    fi
+    say "$finding: the tests marked 'browser' are left out, and named at the end"
+}
+
 check() {
     step=$1 remedy="mend what is named above"
     shift
@@ -446,14 +467,15 @@ main() {
     setup) ;;
     test)
         install_tools
+        bring_browser
         cd "$project"
         log=/dev/null # the checks speak for themselves
         check "ruff" "$python" -m ruff check .
         check "ruff format" "$python" -m ruff format --check .
         check "mypy" "$python" -m mypy
-        exec "$python" -m pytest "$@"
+        exec "$python" -m pytest -rs --no-fold-skipped "$@"
         ;;
-    "") exec "$python" "$project/app.py" ;;
+    "") exec "$python" "$project/app.py" serve ;;
     *) exec "$python" "$project/app.py" "$word" "$@" ;;
     esac
 }

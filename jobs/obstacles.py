@@ -3,14 +3,14 @@ dataset, the recipe and this machine show it without loading a model. One functi
 
 from typing import Any
 
-from katherine import corpus, gguf, gpu, probes
+from katherine import gguf, gpu, probes, shelf
 from katherine.errors import KatherineError, SetupError
 from katherine.settings import Home
 
 
 def sft(home: Home, dataset: str, recipe: dict[str, Any]) -> list[str]:
     found = []
-    if not corpus.load(home, dataset).report["sft"]["unique"]:
+    if not shelf.summary(home, dataset).report["sft"]["unique"]:
         found.append(f"dataset {dataset} has no conversations: prepare one with SFT lines.")
     if recipe["load_in_4bit"]:
         try:
@@ -24,7 +24,7 @@ def sft(home: Home, dataset: str, recipe: dict[str, Any]) -> list[str]:
 
 
 def dpo(home: Home, dataset: str, recipe: dict[str, Any]) -> list[str]:
-    if corpus.load(home, dataset).report["dpo"]["used"]:
+    if shelf.summary(home, dataset).report["dpo"]["used"]:
         return []
     return [f"dataset {dataset} has no pairs that are used: leave DPO out, or prepare one with pairs."]
 

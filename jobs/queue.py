@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from jobs import slot
-from katherine import runs
+from katherine import pod, runs
 from katherine.errors import KatherineError, NotFound
 from katherine.runs import ENDED, Run, State, Status
 from katherine.settings import PROJECT, Home, child_environment
@@ -50,25 +50,68 @@ def submit(
     parent or the dataset.
     """
     recipe = complete(kind, recipe)
-    inputs = dict(inputs or {})
-    if dataset is not None:
-        if not (home.datasets / dataset).is_dir():
-            raise NotFound(f"There is no dataset {dataset!r} in {home.datasets}. `python app.py prepare` makes one.")
-        if found := fingerprint(home.datasets / dataset):
-            inputs["dataset"] = found
+    inputs = dict(inputs or {}) | _fingerprints(home, dataset)
     if parent is not None:
         runs.load(home, parent)
     with slot.mutex(home):
         _mark_interrupted(home)
-        for run, _ in unfinished(home):
-            record = run.record
-            if (record.kind, record.parent, record.dataset, record.recipe) == (kind, parent, dataset, recipe):
-                break
-        else:
-            run = runs.create(home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs)
+        run = _found_or_made(home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs)
         if start:
             _wake(home)
     return run
+
+
+def submit_chain(
+    home: Home, stages: dict[str, dict[str, Any]], *, who: str, dataset: str | None, parent: str | None = None
+) -> list[Run]:
+    """Queue runs of which each is the next one's parent, the first on `parent`, and see that they are carried out:
+    kind → recipe, in order. Asked for again while they are unfinished, by however many at once, they are the same
+    runs. Raises as submit does, before anything is queued."""
+    asked = {kind: complete(kind, recipe) for kind, recipe in stages.items()}
+    inputs = _fingerprints(home, dataset)
+    if parent is not None:
+        runs.load(home, parent)
+    queued: list[Run] = []
+    # All under one mutex: the first cannot end, or the next begin, before the last knows whose child it is.
+    with slot.mutex(home):
+        _mark_interrupted(home)
+        for kind, recipe in asked.items():
+            above = queued[-1].id if queued else parent
+            queued.append(
+                _found_or_made(home, kind, recipe=recipe, who=who, parent=above, dataset=dataset, inputs=inputs)
+            )
+        _wake(home)
+    return queued
+
+
+def _found_or_made(
+    home: Home,
+    kind: str,
+    *,
+    recipe: dict[str, Any],
+    who: str,
+    parent: str | None,
+    dataset: str | None,
+    inputs: dict[str, str],
+) -> Run:
+    """The unfinished run of an equal request, unless it has been asked to stop, or a new one."""
+    for run, _ in unfinished(home):
+        record = run.record
+        if control(run).exists():
+            continue
+        if (record.kind, record.parent, record.dataset, record.recipe) == (kind, parent, dataset, recipe):
+            return run
+    return runs.create(home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs)
+
+
+def _fingerprints(home: Home, dataset: str | None) -> dict[str, str]:
+    """What a run remembers of its dataset's content. Raises NotFound for a dataset that is not there."""
+    if dataset is None:
+        return {}
+    if not (home.datasets / dataset).is_dir():
+        raise NotFound(f"There is no dataset {dataset!r} in {home.datasets}. `python app.py prepare` makes one.")
+    found = fingerprint(home.datasets / dataset)
+    return {"dataset": found} if found else {}
 
 
 def complete(kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
@@ -82,10 +125,11 @@ def complete(kind: str, recipe: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(dataset: Path) -> str | None:
     """The fingerprint of a dataset folder's content, as its report says; None without a readable report."""
-    try:
-        return json.loads((dataset / "report.json").read_bytes()).get("fingerprint")
-    except (OSError, ValueError, AttributeError):
-        return None
+    # The summary says the same in a few kB, where a report may name a million problems. Older datasets have none.
+    for name in ("summary.json", "report.json"):
+        with suppress(OSError, ValueError, AttributeError):
+            return json.loads((dataset / name).read_bytes()).get("fingerprint")
+    return None
 
 
 def stop(home: Home, run_id: str, kill: bool = False) -> Status:
@@ -317,6 +361,9 @@ def _wake(home: Home) -> None:
         if next_runnable(home) is None:
             return
         secrets = {name for kind in worker_module(WORKER).KINDS.values() for name in kind.secrets}
+        if pod.here():
+            # For auto-stop, which the supervisor starts; no worker gets it.
+            secrets.add(pod.KEY)
         command = [sys.executable, "-m", "jobs.supervisor", "--home", str(home.root.absolute()), "--worker", WORKER]
         with (home.root / "supervisor.log").open("ab") as log:
             process = subprocess.Popen(

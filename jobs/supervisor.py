@@ -16,7 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jobs import queue, slot
+from jobs import autostop, queue, slot
 from jobs.queue import MARK
 from jobs.slot import Slot
 from jobs.worker import lower
@@ -174,7 +174,7 @@ class Supervision:
                 self._end = message
                 self._leaving = time.monotonic()
             if "phase" in message:
-                self._status = replace(self._status, phase=message["phase"], step=0, of=0)
+                self._status = replace(self._status, phase=message["phase"], phase_began=runs.now(), step=0, of=0)
             if "step" in message:
                 self._status = replace(self._status, step=message["step"], of=message["of"])
             self._changed = True
@@ -290,6 +290,7 @@ def _begin(home: Home, run: Run) -> bool:
             machine=queue.machine(),
             heartbeat=begun,
             started=begun,
+            phase_began=begun,
             reason="",
             remedy="",
         )
@@ -297,14 +298,16 @@ def _begin(home: Home, run: Run) -> bool:
 
 
 def drain(home: Home, place: socket.socket, worker: str) -> None:
-    """Carry out queued runs, oldest first, until none can begin; then give the supervisor's place up."""
+    """Carry out queued runs, oldest first, until none can begin; then give the supervisor's place up, and leave it to
+    autostop whether the pod is needed any longer."""
+    last: Run | None = None
     while True:
         with slot.mutex(home):
             run = queue.next_runnable(home)
             if run is None:
                 # Given up under the mutex: whoever queues a run next finds the place free and starts a supervisor.
                 place.close()
-                return
+                break
         try:
             held = slot.take(home, run.record.kind, run=run.id)
         except Busy as busy:
@@ -314,6 +317,12 @@ def drain(home: Home, place: socket.socket, worker: str) -> None:
         with held:
             if _begin(home, run):
                 Supervision(home, run, held, worker).watch()
+                last = run
+    if last is not None:
+        try:
+            autostop.begin(home, last.id)
+        except OSError as error:
+            print(f"{runs.now()} auto-stop could not begin: {error}", file=sys.stderr)
 
 
 def _say_why_waiting(home: Home, run: Run, why: str) -> None:

@@ -214,7 +214,7 @@ def _replies(
         if "<think" in reply.text:
             thinking.append(_named(example))
     ended = len(examples) - len(running)
-    allowed = max(int(len(examples) * MAY_RUN_ON), len(examples) >= ONE_MAY_RUN_ON)
+    allowed = max(int(len(examples) * MAY_RUN_ON), int(len(examples) >= ONE_MAY_RUN_ON))
     finding = f"{ended} of {len(examples)} greedy replies end by themselves ({allowed} may run on), "
     finding += f"the longest has {longest} tokens"
     if running:

@@ -29,6 +29,17 @@ def tokenizer(home: Home, name: str) -> Path:
     return _folder(name) or _download(home, name, _TOKENIZER_FILES)
 
 
+def counting(home: Home, name: str) -> tuple[str, str]:
+    """Whose tokenizer counts and renders: (`name`, ""), or the small base and why, where the tokenizer of `name` cannot
+    be had here. Raises NotFound, and SetupError where not even the small base's can."""
+    try:
+        tokenizer(home, name)
+    except SetupError as error:
+        tokenizer(home, SMALL)
+        return SMALL, f"{error}\nTokens are counted with {SMALL} instead."
+    return name, ""
+
+
 def checkpoint(home: Home, name: str) -> Path:
     """A folder with the whole base as safetensors. Raises NotFound or SetupError."""
     if name == SMALL:

@@ -2,54 +2,50 @@
 fingerprints it and reports. Tokens are counted by the template that is handed in.
 
 A dataset folder does not change once it is there:
-    raw/*.jsonl     the input, byte for byte
-    sft.jsonl       the SFT examples, one a line, ordered by content hash
-    dpo.jsonl       the pairs in use, likewise: the curated ones, and the others where they were asked for
-    rejects.jsonl   every rejected line: file, line, reason, text, and whether the text was shortened
-    report.json     what `prepare --json` prints, less the folder's own name and place
+    raw/*.jsonl      the input, byte for byte, with the files that were left out
+    sft.jsonl        the SFT examples, one a line, ordered by content hash
+    dpo.jsonl        the pairs in use, likewise: the curated ones, and the others where they were asked for
+    rejects.jsonl    every rejected line: file, line, reason, text, and whether the text was shortened
+    uncurated.jsonl  the pairs without a curator's tags, shortened, with their content hashes: to choose among
+    problems.jsonl   the report's problems, those of one kind together
+    summary.json     the report with counts in place of its problems, and when it was made
+    report.json      what `prepare --json` prints, less the folder's own name and place
+What lists, compares and removes datasets is in shelf.
 """
 
 import filecmp
-import hashlib
 import itertools
 import os
 import re
 import secrets
 import shutil
 import tempfile
-from array import array
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from katherine import findings
 from katherine.errors import DataError, DiskError, NotFound
 from katherine.examples import Conversation, Preference
-from katherine.intake import BLOCK, Intake, Rows, Source
-from katherine.lines import Problem
-from katherine.runs import write_json
+from katherine.intake import BLOCK, Intake, Source
+from katherine.progress import Progress, Quiet
+from katherine.runs import now, write_json
 from katherine.settings import Home
+from katherine.writing import ChatTemplate, Writing
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")  # 64: file systems take 255 with what is added, people less
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]*")
-_encode = msgspec.json.Encoder().encode
+# A draft that nobody has written to for this long (seconds) was left by a process that is gone: a preparation writes
+# all the time, and a dead machine's draft may hold gigabytes.
+ABANDONED = 3600
 _conversation = msgspec.json.Decoder(Conversation).decode
 _preference = msgspec.json.Decoder(Preference).decode
 T = TypeVar("T")
-
-
-class ChatTemplate(Protocol):
-    """What counts tokens here: a base's tokenizer and chat template, as training renders them."""
-
-    def count(self, conversation: Conversation) -> int:
-        """Tokens of the whole conversation."""
-
-    def count_pair(self, preference: Preference) -> int:
-        """Tokens of the prompt with the longer of the two replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +94,7 @@ def load(home: Home, dataset_id: str) -> Dataset:
     """Takes some 640 bytes of memory for each problem in the report while it is read.
 
     Raises NotFound for an id that is not a dataset's, DataError for a folder whose report cannot be read."""
-    path = home.datasets / dataset_id
-    if not _ID.fullmatch(dataset_id) or not (path / "report.json").is_file():
-        there = ", ".join(sorted(report.parent.name for report in home.datasets.glob("[!.]*/report.json"))) or "none"
-        raise NotFound(f"There is no dataset {dataset_id!r} in {home.datasets}. There are: {there}.")
+    path = folder(home, dataset_id)
     try:
         report = msgspec.json.decode((path / "report.json").read_bytes(), type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -109,53 +102,157 @@ def load(home: Home, dataset_id: str) -> Dataset:
     return Dataset(path, {"dataset": path.name, "path": str(path)} | report)
 
 
+def folder(home: Home, dataset_id: str) -> Path:
+    """Raises NotFound for an id that is not a dataset's."""
+    path = home.datasets / dataset_id
+    if not _ID.fullmatch(dataset_id) or not (path / "report.json").is_file():
+        there = ", ".join(sorted(report.parent.name for report in home.datasets.glob("[!.]*/report.json"))) or "none"
+        raise NotFound(f"There is no dataset {dataset_id!r} in {home.datasets}. There are: {there}.")
+    return path
+
+
 def prepare(
     paths: Sequence[Path],
     home: Home,
     *,
-    include_uncurated: bool = False,
+    include_uncurated: bool | Collection[str] = False,
+    leave_out: Collection[str] = (),
     template: ChatTemplate | None = None,
     base: str | None = None,
     max_length: int = 1024,
     name: str | None = None,
+    progress: Progress | None = None,
 ) -> Dataset:
     """Read files, and every .jsonl file below folders (.json files there are named, not read), into one dataset.
 
     Bad lines are set aside and named, and so are bad files, as long as something usable is left. The folder appears
     whole or not at all; the same input with the same options finds the folder that is there already.
 
-    template: counts tokens; without it the report has none. base: its name, for the report. max_length: tokens that
-    training takes of a row, leaving longer ones out (1024: four times the 99th percentile of the corpus that the
-    recipes were derived on); here only to say what exceeds it.
+    include_uncurated: whether pairs without a curator's tags go in: all of them, none, or those whose content hashes
+    (hexadecimal, as in uncurated.jsonl) are given. leave_out: files that are kept in raw/ but not read, by the names
+    that the report gives them or by their paths. template: counts tokens; without it the report has none. base: its
+    name, for the report. max_length: tokens that training takes of a row, leaving longer ones out (1024: four times
+    the 99th percentile of the corpus that the recipes were derived on); here only to say what exceeds it. progress:
+    phases "read" (steps: MB) and "count" (steps: examples).
 
     Memory: some 150 bytes an example, and some 310 a rejected line or warning: 100 while reading, 210 for its entry in
     the report. A reason that no other line has, such as a foreign line's keys, adds some 150 and its own length.
 
-    Raises DataError for a path that is not there and where nothing at all is usable, DiskError where room runs out.
+    Raises DataError for a path or a file to leave out that is not there and where nothing at all is usable, DiskError
+    where room runs out, Stopped where progress asks for it.
     """
-    if name is not None and not _NAME.fullmatch(name):
-        raise DataError(
-            f"{name!r} cannot name a dataset: use up to 64 letters, digits, - and _, a letter or digit first."
-        )
     sources, unread = _sources([Path(path) for path in paths])
+    options = _Options(include_uncurated, leave_out, template, base, max_length, name, progress or Quiet())
+    return _prepare(sources, unread, home, options)
+
+
+def change(
+    home: Home,
+    dataset_id: str,
+    *,
+    include_uncurated: bool | Collection[str] = False,
+    leave_out: Collection[str] = (),
+    template: ChatTemplate | None = None,
+    base: str | None = None,
+    max_length: int = 1024,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Dataset:
+    """Another dataset from the files of one that is there, those left out then included, with other choices. The
+    options are `prepare`'s; so is what it raises, and NotFound for the id."""
+    path = folder(home, dataset_id)
+    report = msgspec.json.decode((path / "report.json").read_bytes(), type=_Files)
+    files = [(file["file"], path / "raw" / file["raw"]) for file in report.by_file]
+    sources = [Source(label, raw) for label, raw in files if raw.is_file()]
+    options = _Options(include_uncurated, leave_out, template, base, max_length, name, progress or Quiet())
+    return _prepare(sources, [], home, options)
+
+
+class _Files(msgspec.Struct):
+    by_file: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    include_uncurated: bool | Collection[str]
+    leave_out: Collection[str]
+    template: ChatTemplate | None
+    base: str | None
+    max_length: int
+    name: str | None
+    progress: Progress
+
+
+def _prepare(sources: list[Source], unread: list[str], home: Home, options: _Options) -> Dataset:
+    if options.name is not None and not _NAME.fullmatch(options.name):
+        raise DataError(
+            f"{options.name!r} cannot name a dataset: use up to 64 letters, digits, - and _, a letter or digit first."
+        )
+    left_out = _left_out(sources, options.leave_out)
+    uncurated = _hashes(options.include_uncurated)
     _check_room(home.datasets, sources)
+    _remove_abandoned(home.datasets)
     draft = home.datasets / f".draft-{secrets.token_hex(6)}"
     try:
         (draft / "raw").mkdir(parents=True)
-        with tempfile.TemporaryFile("w+b", buffering=BLOCK) as spool, Intake(draft, spool) as intake:
+        options.progress.phase("read")
+        with tempfile.TemporaryFile("w+b", buffering=BLOCK) as spool, Intake(draft, spool, options.progress) as intake:
+            intake.size = sum(source.path.stat().st_size for source in sources if source.label not in left_out)
             for label in unread:
                 intake.note_unread(label)
             for source in sources:
-                intake.read(source)
+                if source.label in left_out:
+                    intake.leave_out(source)
+                else:
+                    intake.read(source)
             intake.settle_contradictions()
             intake.note_unusable_files()
-            report = _Writing(draft, intake, template, base, max_length).write(include_uncurated)
+            options.progress.phase("count")
+            writing = Writing(draft, intake, options.template, options.base, options.max_length, options.progress)
+            report, summary = writing.write(uncurated)
+        write_json(draft / "summary.json", {"created": now()} | summary)
         write_json(draft / "report.json", report)
-        return _keep(draft, home, name or "dataset", report)
+        return _keep(draft, home, options.name or "dataset", report)
     except OSError as error:
         raise DiskError(f"The dataset could not be made in {home.datasets}: {error}. Nothing was kept.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _left_out(sources: Sequence[Source], names: Collection[str]) -> set[str]:
+    """The labels of the files to leave out. Raises DataError for a name that is no file's, or where none is left."""
+    labels = {source.label for source in sources}
+    by_path = {str(source.path): source.label for source in sources}
+    found, wrong = set(), []
+    for name in names:
+        label = name if name in labels else by_path.get(str(Path(name).resolve()))
+        if label is None:
+            wrong.append(f"There is no file {name!r} to leave out. There are: {', '.join(sorted(labels))}.")
+        else:
+            found.add(label)
+    if not wrong and found == labels:
+        wrong.append("Every file is left out. Leave one in.")
+    if wrong:
+        raise DataError("\n".join(wrong))
+    return found
+
+
+def _hashes(include_uncurated: bool | Collection[str]) -> bool | frozenset[bytes]:
+    if isinstance(include_uncurated, bool):
+        return include_uncurated
+    try:
+        return frozenset(bytes.fromhex(text) for text in include_uncurated)
+    except ValueError as error:
+        raise DataError(f"A pair is chosen by its content hash, in hexadecimal: {error}.") from None
+
+
+def _remove_abandoned(datasets: Path) -> None:
+    """Drafts left by a process that was killed, perhaps with its machine."""
+    for draft in datasets.glob(".draft-*"):
+        with suppress(OSError):
+            written = max(path.stat().st_mtime for path in (draft, *draft.rglob("*")))
+            if time.time() - written > ABANDONED:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _sources(paths: Sequence[Path]) -> tuple[list[Source], list[str]]:
@@ -217,130 +314,6 @@ def _check_room(folder: Path, sources: Sequence[Source]) -> None:
             f"{there} has {free / 1e9:.1f} GB free, and this input needs {size / 1e9:.1f} GB. "
             "Make room there, or point KATHERINE_HOME elsewhere."
         )
-
-
-class _Writing:
-    """From what was read to sft.jsonl, dpo.jsonl and the report."""
-
-    def __init__(
-        self, draft: Path, intake: Intake, template: ChatTemplate | None, base: str | None, max_length: int
-    ) -> None:
-        self.draft = draft
-        self.intake = intake
-        self.template = template
-        self.base = base
-        self.max_length = max_length
-        self.hash = hashlib.sha256()
-        self.refused: dict[int, int] = {}  # hash() of a rejected reply → the row of its pair
-
-    def write(self, include_uncurated: bool) -> dict[str, Any]:
-        """The report. The fingerprint is SHA-256 over the content hashes of the examples in use, in their order, each
-        kind under its name and count.
-
-        Raises DataError where only pairs are there that were not asked for."""
-        intake = self.intake
-        intake.spool.flush()
-        used = list(intake.used_pairs(include_uncurated))
-        curated = sum(tag is not None for row, tag in enumerate(intake.tags) if row not in intake.contradicted)
-        uncurated = len(intake.tags) - len(intake.contradicted) - curated
-        if not used and not intake.sft.row:
-            raise DataError(
-                f"There is nothing here but {uncurated} uncurated pairs, and these are left out unless asked for. "
-                "Ask for uncurated pairs, or give them `_cat` and `_type`."
-            )
-        pair_tokens, lengths = self._pairs(used)
-        sft_tokens = self._conversations()
-        problems = intake.all_problems() + self._dataset_problems(lengths, len(used))
-        problems.sort(key=lambda p: (p.file, p.line or 0, p.reason))
-        tokens = None
-        if self.template is not None:
-            pairs = findings.spread(pair_tokens, self.max_length)
-            tokens = (findings.spread(sft_tokens, self.max_length) or pairs or {}) | {
-                "max_length": self.max_length,
-                "base": self.base,
-                "pairs": pairs,
-            }
-        return {
-            "options": {"include_uncurated": include_uncurated, "max_length": self.max_length, "base": self.base},
-            "files": len(intake.by_file),
-            "lines": sum(counts["lines"] for counts in intake.by_file),
-            "sft": {
-                "unique": len(intake.sft.row),
-                "duplicates": intake.sft.duplicates,
-                "rejected": intake.sft.rejected,
-            },
-            "dpo": {
-                "curated": curated,
-                "uncurated": uncurated,
-                "used": len(used),
-                "duplicates": intake.dpo.duplicates,
-                "rejected": intake.dpo.rejected,
-                "lengths": lengths,
-            },
-            "unrecognised": intake.unrecognised,
-            "tokens": tokens,
-            "fingerprint": self.hash.hexdigest(),
-            "by_file": intake.by_file,
-            "problems": msgspec.to_builtins(problems),
-        }
-
-    def _pairs(self, used: list[tuple[bytes, int]]) -> tuple["array[int]", dict[str, float | bool] | None]:
-        rows, tokens, lengths = self.intake.dpo, array("L"), findings.Lengths()
-        self.hash.update(b"dpo %d\n" % len(used))
-        with (self.draft / "dpo.jsonl").open("wb", buffering=BLOCK) as out:
-            for content, row in used:
-                self.hash.update(content)
-                pair = self._pair(row)
-                if tag := self.intake.tags[row]:
-                    pair = msgspec.structs.replace(pair, category=tag[0], type=tag[1])
-                out.write(_encode(pair) + b"\n")
-                lengths.add(pair.chosen[0].content, pair.rejected[0].content)
-                self.refused.setdefault(hash(pair.rejected[0].content), row)
-                if self.template is not None:
-                    tokens.append(self.template.count_pair(pair))
-                    self._warn_if_long(rows, row, tokens[-1])
-        return tokens, lengths.figures()
-
-    def _conversations(self) -> "array[int]":
-        rows, tokens = self.intake.sft, array("L")
-        suspects = self.intake.rows_saying(self.refused) if self.refused else set()
-        self.hash.update(b"sft %d\n" % len(rows.row))
-        with (self.draft / "sft.jsonl").open("wb", buffering=BLOCK) as out:
-            for content, row in rows.ordered():
-                self.hash.update(content)
-                line = self.intake.line(rows, row)
-                out.write(line)
-                if row not in suspects and self.template is None:
-                    continue
-                conversation = _conversation(line)
-                for reply in conversation.messages[1::2]:
-                    pair = self.refused.get(hash(reply.content))
-                    if pair is not None and self._pair(pair).rejected == (reply,):
-                        where = self.intake.place(self.intake.dpo, pair)
-                        self.intake.warn(rows, row, f"an assistant's turn equals the rejected reply of {where}")
-                if self.template is not None:
-                    tokens.append(self.template.count(conversation))
-                    self._warn_if_long(rows, row, tokens[-1])
-        return tokens
-
-    def _pair(self, row: int) -> Preference:
-        return _preference(self.intake.line(self.intake.dpo, row))
-
-    def _warn_if_long(self, rows: Rows, row: int, tokens: int) -> None:
-        if tokens > self.max_length:
-            self.intake.warn(
-                rows, row, f"{tokens:,} tokens; training takes up to {self.max_length:,} and leaves this one out"
-            )
-
-    def _dataset_problems(self, lengths: dict[str, float | bool] | None, pairs: int) -> list[Problem]:
-        if lengths is None or not lengths["biased"]:
-            return []
-        reason = (
-            f"length bias: the chosen reply is the longer one in {lengths['chosen_longer_share']:.0%} of {pairs} pairs "
-            f"(mean {lengths['chosen_mean']:.0f} against {lengths['rejected_mean']:.0f} characters, "
-            f"{lengths['ratio']:.2f} times as long); DPO may learn length instead of manner"
-        )
-        return [Problem("", None, reason, "warning")]
 
 
 def _keep(draft: Path, home: Home, name: str, report: dict[str, Any]) -> Dataset:

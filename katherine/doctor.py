@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from katherine import bases, gpu
+from katherine import bases, gpu, pod
+from katherine import disk as mounted
 from katherine.errors import KatherineError, SetupError
 from katherine.settings import PROJECT, SECRETS, Home, child_environment, secret
 
@@ -33,11 +34,11 @@ NINE_B_DISK = 75 * 10**9
 # Loading torch from a cold network volume takes most of a minute; a child that takes longer than this hangs.
 CHILD_SECONDS = 180
 HUB_SECONDS = 5
-NETWORK_FILE_SYSTEMS = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "lustre", "gpfs", "beegfs", "virtiofs", "glusterfs")
 SETUP = "bash bootstrap.sh setup"
 SETUP_ANEW = "bash bootstrap.sh setup --again"
 SECRET_USES = {
     "HF_TOKEN": "gated bases need it",
+    "RUNPOD_API_KEY": "auto-stop needs it; a RunPod pod has one of its own",
 }
 
 State = Literal["ok", "warning", "problem", "absent"]
@@ -87,10 +88,12 @@ def python() -> Check:
     finding = f"{platform.python_version()} in {sys.prefix}"
     if sys.version_info[:2] not in ((3, 11), (3, 12)):
         return Check("Python", "problem", f"{finding}; 3.11 or 3.12 is needed", SETUP)
-    kind = file_system(Path(sys.prefix))
-    if _on_network(kind):
+    holding = mounted.mount(Path(sys.prefix))
+    if holding.on_network:
         remedy = f"set XDG_CACHE_HOME to a folder on a local disk, then {SETUP_ANEW}"
-        return Check("Python", "warning", f"{finding}, on a {kind} file system: starting anything is slow", remedy)
+        return Check(
+            "Python", "warning", f"{finding}, on a {holding.kind} file system: starting anything is slow", remedy
+        )
     return Check("Python", "ok", finding)
 
 
@@ -233,32 +236,19 @@ def disk(home: Home) -> Check:
     folder = next(path for path in (home.root, *home.root.parents) if path.exists())
     if not os.access(folder, os.W_OK):
         return Check("disk", "problem", f"{folder} cannot be written", "set KATHERINE_HOME to a folder that can")
-    free, kind = shutil.disk_usage(folder).free, file_system(folder)
-    finding = f"{free / 10**9:.0f} GB free for {home.root} ({kind})"
+    free, holding = shutil.disk_usage(folder).free, mounted.mount(folder)
+    finding = f"{free / 10**9:.0f} GB free for {home.root} ({holding.kind})"
     if free < DEMO_DISK:
         return Check("disk", "problem", finding, "the demo needs 4 GB: make room, or set KATHERINE_HOME elsewhere")
     if _gpus() and free < NINE_B_DISK:
         return Check("disk", "warning", finding, "a 9B run with its export takes about 75 GB: make room before it")
-    if _on_network(kind):
+    if pod.here() and not mounted.outlives_a_stop(folder):
+        remedy = f"set KATHERINE_HOME to a folder on the pod's volume, such as {pod.VOLUME}/katherine"
+        return Check("disk", "warning", f"{finding}: the container's own disk, wiped when the pod stops", remedy)
+    if holding.on_network:
         remedy = "compare with the volume's size where you rented it: this figure ignores your quota"
         return Check("disk", "warning", f"{finding}: a network volume", remedy)
     return Check("disk", "ok", finding)
-
-
-def file_system(path: Path) -> str:
-    """The type of the file system that holds `path`, as the kernel names it: "ext4", "overlay", "fuse.mfs"."""
-    path = path.resolve()
-    holding = Path("/"), "unknown"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mount = Path(before.split()[4].encode().decode("unicode_escape"))  # a space is written \040
-        if path.is_relative_to(mount) and len(mount.parts) >= len(holding[0].parts):
-            holding = mount, after.split()[0]
-    return holding[1]
-
-
-def _on_network(kind: str) -> bool:
-    return kind.startswith(NETWORK_FILE_SYSTEMS)
 
 
 # --------------------------------------------------------------------------------------------------------- llama.cpp

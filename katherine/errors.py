@@ -1,7 +1,7 @@
 """One exception root. A KatherineError's message is meant for the person at the screen: it says what was
 found, where, and what to do. Anything not under this root is a bug."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class KatherineError(Exception):
@@ -17,11 +17,17 @@ class TemplateError(KatherineError, ValueError):
 
 
 class RecipeError(KatherineError, ValueError):
-    """A recipe that cannot work. `reasons` holds every reason at once, one sentence each."""
+    """A recipe that cannot work. `reasons` holds every reason at once, one sentence each; `fields` those that one field
+    alone is to blame for, by its name."""
 
-    def __init__(self, reasons: Sequence[str]):
+    def __init__(self, reasons: Sequence[str], fields: Mapping[str, str] | None = None):
         self.reasons = list(reasons)
+        self.fields = dict(fields or {})
         super().__init__("\n".join(self.reasons))
+
+
+class PriceError(KatherineError, ValueError):
+    """A price, or a kind of GPU, that cannot be taken down."""
 
 
 class NotFound(KatherineError, LookupError):
@@ -54,3 +60,11 @@ class ExportError(KatherineError, RuntimeError):
 
 class EngineError(KatherineError, RuntimeError):
     """A model process that did not load, crashed, or answered out of protocol."""
+
+
+class PodError(KatherineError, RuntimeError):
+    """The pod's host refused, or could not be asked. `passing`: asking again later may help."""
+
+    def __init__(self, message: str, *, passing: bool = False):
+        super().__init__(message)
+        self.passing = passing

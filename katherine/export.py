@@ -57,7 +57,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(merged, ignore_errors=True)
     rows = sum(len(e.positions) for e in examples)
-    shape = _shape(checkpoint)
+    shape = shape_of(checkpoint)
     check_room(out, shape, recipe.quants, rows)
     folder.mkdir(parents=True)
     seconds: dict[str, float] = {}
@@ -209,7 +209,8 @@ class Shape(msgspec.Struct, frozen=True):
     width: int
 
 
-def _shape(checkpoint: Path) -> Shape:
+def shape_of(checkpoint: Path) -> Shape:
+    """Read from the headers of its files. Raises NotFound where there are no safetensors."""
     parameters = 0
     for path in sorted(checkpoint.glob("*.safetensors")):
         for name, tensor in _header(path).items():
@@ -229,13 +230,17 @@ def _header(path: Path) -> dict[str, Any]:
         return json.loads(file.read(length))
 
 
-def check_room(out: Path, shape: Shape, quants: Sequence[str], rows: int) -> None:
-    """Raises DiskError where the export cannot fit at its fullest: either while converting (merged checkpoint and
-    16-bit GGUF), or while checking (16-bit GGUF, all quants, and `rows` of the reference's log-probabilities)."""
+def fullest(shape: Shape, quants: Sequence[str], rows: int) -> int:
+    """Bytes of disk at the export's fullest: either while converting (merged checkpoint and 16-bit GGUF), or while
+    checking (16-bit GGUF, all quants, and `rows` of the reference's log-probabilities)."""
     sixteen = shape.parameters * 2
     small = sum(shape.parameters * gguf.nominal_bits(name, shape.width) / 8 for name in quants)
-    fullest = max(2 * sixteen, sixteen + small + rows * shape.vocabulary * 4)
-    _require(out, int(fullest * _MARGIN), "The export")
+    return int(max(2 * sixteen, sixteen + small + rows * shape.vocabulary * 4) * _MARGIN)
+
+
+def check_room(out: Path, shape: Shape, quants: Sequence[str], rows: int) -> None:
+    """Raises DiskError where the export cannot fit at its fullest."""
+    _require(out, fullest(shape, quants, rows), "The export")
 
 
 def _require(out: Path, needed: int, what: str) -> None:

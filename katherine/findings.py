@@ -1,8 +1,10 @@
-"""What only shows when a whole dataset is looked at: pairs that contradict each other, a bias to length, and the
-spread of token counts. Pure figures; finding the lines and wording the report is corpus's work."""
+"""What only shows when a whole dataset is looked at: pairs that contradict each other, a bias to length, the spread of
+token counts, and which problems are of one kind. Pure figures; finding the lines and wording the report is corpus's."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -12,6 +14,21 @@ LENGTH_BIAS_SHARE = 2 / 3
 # Standard errors from an even split. In pairs without a bias this is exceeded once in 370 datasets, and fewer than
 # ten pairs never exceed it.
 LENGTH_BIAS_ERRORS = 3.0
+
+# Bars up to the 99th percentile: fewer hide the shape, more are thinner than a screen's pixels once the axis runs on
+# to a max length of four times that (the recipes' own).
+BARS = 50
+# Bars in all: what lies beyond twice the 99th percentile is counted together, so that one long row does not flatten
+# all others.
+MOST_BARS = 2 * BARS
+
+# What differs between lines with one and the same problem: the turn it is in, another line's place, quoted names and
+# numbers, and the explanation after the first colon or semicolon.
+_PLACE = re.compile(r"^(?:(?:`\w+`|turn \d+): )+")
+_TOO_LONG = re.compile(r"^[\d,]+ tokens; training takes up to .*", re.DOTALL)
+_OTHER_LINE = re.compile(r" (in|of) .+, line \d+.*", re.DOTALL)
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_NUMBER = re.compile(r"\b\d[\d,]*\b")
 
 
 class Contradictions(msgspec.Struct, frozen=True):
@@ -82,3 +99,35 @@ def spread(counts: Iterable[int], max_length: int) -> dict[str, int] | None:
         return None
     figures = {f"p{p}": ordered[math.ceil(len(ordered) * p / 100) - 1] for p in (50, 90, 99)}
     return figures | {"max": ordered[-1], "over_max_length": sum(count > max_length for count in ordered)}
+
+
+def histogram(counts: Sequence[int]) -> dict[str, Any] | None:
+    """Token counts in bars of one width: {"width": w, "counts": [rows of 0 to w-1, of w to 2w-1, ...], "beyond": rows
+    longer than the last bar}. The width is 1, 2 or 5 times a power of ten. None without counts."""
+    ordered = sorted(counts)
+    if not ordered:
+        return None
+    p99 = ordered[math.ceil(len(ordered) * 0.99) - 1]
+    width = _round_up(max(1, p99 / BARS))
+    bars = [0] * min(MOST_BARS, ordered[-1] // width + 1)
+    beyond = 0
+    for count in ordered:
+        if count // width < len(bars):
+            bars[count // width] += 1
+        else:
+            beyond += 1
+    return {"width": width, "counts": bars, "beyond": beyond}
+
+
+def _round_up(least: float) -> int:
+    power = 10 ** math.floor(math.log10(least))
+    return next(int(factor * power) for factor in (1, 2, 5, 10) if factor * power >= least)
+
+
+def group(reason: str) -> str:
+    """What a problem's reason has in common with others of its kind, for counting them together."""
+    text = _PLACE.sub("", reason)
+    text = _TOO_LONG.sub("longer than the max length", text)
+    text = _OTHER_LINE.sub(r" \1 another line", text)
+    text = re.split(r": |; | \(and in ", _QUOTED.sub("…", text), maxsplit=1)[0]
+    return _NUMBER.sub("…", text)

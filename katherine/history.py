@@ -4,10 +4,10 @@ seconds with hundreds of past runs. What a run is belongs to runs; starting and 
 import os
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 
-from katherine import runs
+from katherine import outcomes, runs
 from katherine.errors import DataError, NotFound
+from katherine.outcomes import Outcome
 from katherine.runs import Run, State, Status
 from katherine.settings import Home
 
@@ -35,8 +35,10 @@ class History:
 
     def __init__(self, home: Home):
         self._home = home
+        self._root = os.fspath(home.runs)
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[tuple[int, int, int], Seen]] = {}
+        self._outcomes: dict[str, tuple[Seen, Outcome]] = {}
 
     def runs(self) -> list[Seen]:
         """Every run, newest first. Folders without a readable run.json are left out."""
@@ -50,6 +52,8 @@ class History:
                 if looked := self._look(name):
                     here[name] = looked
             self._seen = here
+            for gone in self._outcomes.keys() - here.keys():
+                self._outcomes.pop(gone, None)
             return sorted((seen for _, seen in here.values()), key=_age, reverse=True)
 
     def get(self, run_id: str) -> Seen:
@@ -61,13 +65,29 @@ class History:
             raise NotFound(f"There is no run {run_id!r} in {self._home.runs}.")
         return looked[1]
 
+    def outcome(self, seen: Seen) -> Outcome:
+        """What came of the run. Read again only when its status changed: a result is written before a run succeeds."""
+        with self._lock:
+            known = self._outcomes.get(seen.id)
+        if known and known[0] is seen:
+            return known[1]
+        found = outcomes.read(seen.run, seen.status)
+        with self._lock:
+            self._outcomes[seen.id] = seen, found
+        return found
+
+    def children(self, run_id: str) -> list[Seen]:
+        """The runs that build directly on this one, oldest first."""
+        return [seen for seen in reversed(self.runs()) if seen.run.record.parent == run_id]
+
     def under_way(self) -> list[Seen]:
         """Runs that have not ended, oldest first."""
         return [seen for seen in reversed(self.runs()) if seen.status.state not in runs.ENDED]
 
     def _look(self, name: str) -> tuple[tuple[int, int, int], Seen] | None:
         known = self._seen.get(name)
-        mark = _mark(self._home.runs / name / "status.json")
+        # Text, not a Path: five hundred of those cost more than asking the disk does.
+        mark = _mark(os.path.join(self._root, name, "status.json"))
         if known and known[0] == mark:
             return known
         try:
@@ -85,10 +105,10 @@ def _age(seen: Seen) -> tuple[str, str]:
     return seen.run.record.created, seen.id
 
 
-def _mark(path: Path) -> tuple[int, int, int]:
+def _mark(path: str) -> tuple[int, int, int]:
     """Changes when the file does: it is always replaced, never written in place."""
     try:
-        found = path.stat()
+        found = os.stat(path)
     except OSError:
         return 0, 0, 0
     return found.st_mtime_ns, found.st_size, found.st_ino

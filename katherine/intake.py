@@ -5,6 +5,7 @@ the dataset folder belongs to corpus."""
 import hashlib
 import os
 import re
+import shutil
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -18,6 +19,7 @@ from katherine import findings, lines
 from katherine.errors import DataError
 from katherine.examples import Conversation, Preference
 from katherine.lines import Problem
+from katherine.progress import Progress, Stopped
 
 # A line longer than this is rejected unread: 8 MiB of text is over a million tokens, more than any context holds, and
 # the limit keeps memory flat whatever the file holds.
@@ -32,6 +34,8 @@ TOP_REASONS = 5  # in the error that nothing was usable: more would scroll the f
 BLOCK = 2**20  # bytes a read and a write: big enough that system calls vanish, small against any memory
 LONGEST_NAME = 255  # bytes: what the usual file systems take as a name
 BOM = b"\xef\xbb\xbf"
+# Lines between two looks at whether to stop: a tenth of a second at 70,000 lines a second, and too few to cost any.
+OFTEN = 8192
 
 _encode = msgspec.json.Encoder().encode
 
@@ -79,8 +83,10 @@ class Intake:
     reason that no other line has adds its own length and some 150 bytes.
     """
 
-    def __init__(self, draft: Path, spool: IO[bytes]) -> None:
+    def __init__(self, draft: Path, spool: IO[bytes], progress: Progress) -> None:
         self.raw_folder = draft / "raw"
+        self.progress = progress
+        self.size = self.done = 0  # bytes of all files that are read, and of those that have been
         self.rejects = (draft / "rejects.jsonl").open("wb", buffering=BLOCK)
         self.spool = spool
         self.spooled = 0
@@ -122,11 +128,28 @@ class Intake:
                 self._read_array(file, copy)
             else:
                 self._read_lines(file, copy)
+            self.done += copy.tell()
+        self.tell(0)
+
+    def leave_out(self, source: Source) -> None:
+        """Keep the file in raw/, so that it can be put back in, but read nothing of it."""
+        counts = dict.fromkeys(("lines", "sft", "dpo", "duplicates", "rejected"), 0)
+        self.sources.append(source)
+        self.by_file.append({"file": source.label, "raw": self._raw_name(source.label), **counts, "left_out": True})
+        shutil.copyfile(source.path, self.raw_folder / self.by_file[-1]["raw"])
+
+    def tell(self, offset: int) -> None:
+        """Say where reading is: whole MB, of those in all files. Raises Stopped where somebody asked for it."""
+        self.progress.step((self.done + offset) // 10**6, self.size // 10**6)
+        if self.progress.stop_requested():
+            raise Stopped
 
     def _read_lines(self, file: BinaryIO, copy: BinaryIO) -> None:
         counts = self.by_file[-1]
         read, isspace = lines.read, bytes.isspace
         for number, offset, size, line in _split(file, copy):
+            if not number % OFTEN:
+                self.tell(offset)
             if isspace(line):
                 continue
             counts["lines"] += 1
@@ -218,6 +241,8 @@ class Intake:
         """Raises DataError where no file holds anything usable."""
         named = {problem.file for problem in self.problems if problem.line is None}
         for file, counts in enumerate(self.by_file):
+            if counts.get("left_out"):
+                continue
             if counts["lines"] == counts["rejected"] and counts["file"] not in named:
                 all_of_them = f"all {counts['lines']} lines are rejected" if counts["lines"] else "the file is empty"
                 self._file_problem(file, f"nothing usable: {all_of_them}")
@@ -232,10 +257,20 @@ class Intake:
             shown.append(f"- {problem.file}{line}: {reason}" + (f" ({count:,} times)" if count > 1 else ""))
         raise DataError("Nothing in these files can be used:\n" + "\n".join(shown))
 
-    def used_pairs(self, include_uncurated: bool) -> Iterator[tuple[bytes, int]]:
-        """(content hash, row) of the pairs in use, ordered by hash."""
+    def used_pairs(self, uncurated: bool | Collection[bytes]) -> Iterator[tuple[bytes, int]]:
+        """(content hash, row) of the pairs in use, ordered by hash: the curated ones, and of the others all, none, or
+        those with the given content hashes."""
         for content, row in self.dpo.ordered():
-            if row not in self.contradicted and (include_uncurated or self.tags[row] is not None):
+            if row in self.contradicted:
+                continue
+            wanted = uncurated if isinstance(uncurated, bool) else content in uncurated
+            if wanted or self.tags[row] is not None:
+                yield content, row
+
+    def uncurated_pairs(self) -> Iterator[tuple[bytes, int]]:
+        """(content hash, row) of the pairs without a curator's tags that contradict no other, ordered by hash."""
+        for content, row in self.dpo.ordered():
+            if row not in self.contradicted and self.tags[row] is None:
                 yield content, row
 
     def rows_saying(self, texts: Collection[int]) -> set[int]:

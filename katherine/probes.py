@@ -184,6 +184,31 @@ def _put(
     return ask(speaker, template, probes, recipe)
 
 
+class Answer(msgspec.Struct, frozen=True):
+    """One line of answers.jsonl: what a model said to a probe. talk: all turns, the last answer included."""
+
+    model: str
+    probe: str
+    category: str
+    talk: tuple[Message, ...]
+    score: Score
+
+
+def answers(out: Path) -> list[Answer]:
+    """What a probe run's out folder recorded, in the order in which it was asked; [] before there is anything. Raises
+    DataError for a damaged file."""
+    path = out / "answers.jsonl"
+    try:
+        return [_answer(line) for line in path.read_bytes().split(b"\n") if line]
+    except FileNotFoundError:
+        return []
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged ({error}): run the probes again.") from error
+
+
+_answer = msgspec.json.Decoder(Answer).decode
+
+
 class Record:
     """The answers of a probe run: one line each in answers.jsonl, counts by model, and the answers to compare."""
 

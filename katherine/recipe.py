@@ -1,14 +1,17 @@
 """What a stage is asked to do: typed, bounded values, each with its reason and where it comes from. Forms, the
 command line and run.json are all made from these models. Carrying one out is the business of its stage."""
 
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from katherine.errors import NotFound, RecipeError
+from katherine.errors import DataError, NotFound, RecipeError
+from katherine.settings import Home
 
 ATTENTION_AND_MLP = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The gated-delta layers of Qwen3.5 name their projections otherwise, so that the usual list passes them by.
@@ -22,10 +25,24 @@ MEASURED = "measured at the 9B's shape"
 CHOSEN = "chosen here; no measurement behind it"
 
 
-def _field(default: Any, reason: str, source: str, *, unit: str = "", **bounds: Any) -> Any:
-    """A recipe field: its default, why it has that value, who says so, its unit, and pydantic's bounds."""
-    extra: dict[str, Any] = {"reason": reason, "source": source, "unit": unit}
-    return Field(default, description=reason, json_schema_extra=extra, **bounds)
+def _field(
+    default: Any,
+    reason: str,
+    source: str,
+    *,
+    unit: str = "",
+    title: str | None = None,
+    first: bool = False,
+    suggestions: tuple[str, ...] = (),
+    **bounds: Any,
+) -> Any:
+    """A recipe field: its default, why it has that value, who says so, its unit, and pydantic's bounds. title: its name
+    for people, where the field's own in words is not it. first: people touch it first. suggestions: usual values of a
+    text or a list that takes others too."""
+    extra: dict[str, Any] = {
+        "reason": reason, "source": source, "unit": unit, "first": first, "suggestions": list(suggestions)
+    }  # fmt: skip
+    return Field(default, title=title, description=reason, json_schema_extra=extra, **bounds)
 
 
 class Recipe(BaseModel):
@@ -49,36 +66,85 @@ class _LoraTraining(Recipe):
     """What SFT and DPO share: the trainer's schedule and the machine's share of it."""
 
     per_device_batch_size: int = _field(
-        16, "Short chats: 16 rows fit any card with checkpointing on.", K0, ge=1, le=1024, unit="examples"
+        16,
+        "Short chats: 16 rows fit any card with checkpointing on.",
+        K0,
+        ge=1,
+        le=1024,
+        unit="examples",
+        title="Batch size",
+        first=True,
     )
     gradient_accumulation_steps: int = _field(
-        2, "16 × 2 = 32 examples a step.", K0, ge=1, le=1024, unit="micro-batches"
+        2,
+        "16 × 2 = 32 examples a step.",
+        K0,
+        ge=1,
+        le=1024,
+        unit="micro-batches",
+        title="Gradient accumulation",
+        first=True,
     )
-    num_train_epochs: int = _field(3, "2 leaves the voice thin, 4 overfits.", K0, ge=1, le=50, unit="passes")
-    learning_rate: float = _field(1e-4, "Steadier than 2e-4 over three epochs.", K0, gt=0, le=1e-2)
-    warmup_ratio: float = _field(0.05, "Share of the steps during which the rate climbs.", K0, ge=0, le=0.5)
+    num_train_epochs: int = _field(
+        3, "2 leaves the voice thin, 4 overfits.", K0, ge=1, le=50, unit="passes", title="Epochs", first=True
+    )
+    learning_rate: float = _field(1e-4, "Steadier than 2e-4 over three epochs.", K0, gt=0, le=1e-2, first=True)
+    warmup_ratio: float = _field(
+        0.05, "Share of the steps during which the rate climbs.", K0, ge=0, le=0.5, title="Warm-up ratio"
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = _field(
-        "cosine", "Ends gently, so the last batches do not shape the voice.", K0
+        "cosine", "Ends gently, so the last batches do not shape the voice.", K0, title="Learning rate schedule"
     )
     weight_decay: float = _field(0.01, "Light regularisation.", K0, ge=0, le=1)
     max_grad_norm: float = _field(
-        1.0, "Clips a rare wild batch; the trainers' own default.", "trl 1.14.2", gt=0, le=100
+        1.0,
+        "Clips a rare wild batch; the trainers' own default.",
+        "trl 1.14.2",
+        gt=0,
+        le=100,
+        title="Highest gradient norm",
     )
     optim: Literal["adamw_8bit", "adamw_torch"] = _field(
         "adamw_8bit",
         "8-bit states save about 6 GB at 9B; on a CPU adamw_torch is used, since bitsandbytes needs CUDA.",
         K0,
+        title="Optimiser",
     )
     max_length: int = _field(
-        1024, "Four times the 99th percentile: nothing is left out.", K0, ge=32, le=262_144, unit="tokens"
+        1024,
+        "Four times the 99th percentile: nothing is left out.",
+        K0,
+        ge=32,
+        le=262_144,
+        unit="tokens",
+        title="Highest length",
     )
     gradient_checkpointing: bool = _field(True, "About 10% slower, much less memory.", K0)
-    held_out: float = _field(0.0, "Off: a held-out split costs 5 to 10% of small data.", K0, ge=0, le=0.5, unit="share")
+    held_out: float = _field(
+        0.0,
+        "Off: a held-out split costs 5 to 10% of small data.",
+        K0,
+        ge=0,
+        le=0.5,
+        unit="share",
+        title="Held-out share",
+    )
     average_checkpoints: int = _field(
-        0, "Off: mean of the last N checkpoints' adapters; 0 or 1 is off.", K0, ge=0, le=50, unit="checkpoints"
+        0,
+        "Off: mean of the last N checkpoints' adapters; 0 or 1 is off.",
+        K0,
+        ge=0,
+        le=50,
+        unit="checkpoints",
+        title="Averaged checkpoints",
     )
     ema_decay: float = _field(
-        0.0, "Off: exponential moving average of the adapter's weights; 0.99 is usual.", K0, ge=0, lt=1
+        0.0,
+        "Off: exponential moving average of the adapter's weights; 0.99 is usual.",
+        K0,
+        ge=0,
+        lt=1,
+        title="EMA decay",
     )
     save_steps: int = _field(
         50,
@@ -87,6 +153,7 @@ class _LoraTraining(Recipe):
         ge=1,
         le=100_000,
         unit="steps",
+        title="Checkpoint every",
     )
     seed: int = _field(20, "Any fixed number: two runs of one recipe see the same order.", CHOSEN, ge=0, le=2**31 - 1)
 
@@ -137,8 +204,17 @@ class SftRecipe(_LoraTraining):
         K0,
         min_length=1,
         max_length=500,
+        title="Base model",
+        first=True,
+        suggestions=("Qwen/Qwen3.5-9B", "smollm2-135m"),
     )
-    load_in_4bit: bool = _field(True, "QLoRA fits any card; off trains LoRA on the 16-bit base (22 GB at 9B).", K0)
+    load_in_4bit: bool = _field(
+        True,
+        "QLoRA fits any card; off trains LoRA on the 16-bit base (22 GB at 9B).",
+        K0,
+        title="Load in 4 bit",
+        first=True,
+    )
     lora_r: int = _field(
         64,
         "32 is the usual floor, persona work gains from more, 128 overfits 1,886 examples.",
@@ -146,15 +222,20 @@ class SftRecipe(_LoraTraining):
         ge=1,
         le=512,
         unit="rank",
+        title="LoRA rank",
+        first=True,
     )
-    lora_alpha: int = _field(128, "2 × rank.", K0, ge=1, le=2048)
-    lora_dropout: float = _field(0.05, "Light regularisation: high rank, small data.", K0, ge=0, le=0.5)
+    lora_alpha: int = _field(128, "2 × rank.", K0, ge=1, le=2048, title="LoRA alpha", first=True)
+    lora_dropout: float = _field(
+        0.05, "Light regularisation: high rank, small data.", K0, ge=0, le=0.5, title="LoRA dropout"
+    )
     target_modules: tuple[str, ...] = _field(
         ATTENTION_AND_MLP,
         "Every linear projection is the intent; on Qwen3.5 this list reaches 8 of 32 attention layers, the preset "
         "all-linear reaches all.",
         f"{K0}; {READ}",
         min_length=1,
+        suggestions=ATTENTION_AND_MLP + GATED_DELTA,
     )
 
     @field_validator("base")
@@ -182,13 +263,28 @@ class DpoRecipe(_LoraTraining):
     kind: ClassVar[str] = "dpo"
 
     per_device_batch_size: int = _field(
-        4, "A pair is two rows, and their log-probabilities are kept.", K0, ge=1, le=1024, unit="pairs"
+        4,
+        "A pair is two rows, and their log-probabilities are kept.",
+        K0,
+        ge=1,
+        le=1024,
+        unit="pairs",
+        title="Batch size",
+        first=True,
     )
-    gradient_accumulation_steps: int = _field(2, "4 × 2 = 8 pairs a step.", K0, ge=1, le=1024, unit="micro-batches")
-    num_train_epochs: int = _field(2, "Small preference sets converge fast.", K0, ge=1, le=50, unit="passes")
-    learning_rate: float = _field(5e-6, "20 to 50 times below SFT, or the voice is forgotten.", K0, gt=0, le=1e-3)
-    warmup_ratio: float = _field(0.1, "Longer than SFT's: the run is short.", K0, ge=0, le=0.5)
-    beta: float = _field(0.1, "0.3 to 1.0 holds closer to the reference, 0.01 to 0.05 lets go.", K0, gt=0, le=5)
+    gradient_accumulation_steps: int = _field(
+        2, "4 × 2 = 8 pairs a step.", K0, ge=1, le=1024, unit="micro-batches", title="Gradient accumulation", first=True
+    )
+    num_train_epochs: int = _field(
+        2, "Small preference sets converge fast.", K0, ge=1, le=50, unit="passes", title="Epochs", first=True
+    )
+    learning_rate: float = _field(
+        5e-6, "20 to 50 times below SFT, or the voice is forgotten.", K0, gt=0, le=1e-3, first=True
+    )
+    warmup_ratio: float = _field(0.1, "Longer than SFT's: the run is short.", K0, ge=0, le=0.5, title="Warm-up ratio")
+    beta: float = _field(
+        0.1, "0.3 to 1.0 holds closer to the reference, 0.01 to 0.05 lets go.", K0, gt=0, le=5, first=True
+    )
 
 
 class ExportRecipe(Recipe):
@@ -201,9 +297,15 @@ class ExportRecipe(Recipe):
         "5.6, 6.5 and 7.4 GB at 9B: what a reviewer compares. Any llama.cpp type can be named.",
         K0,
         min_length=1,
+        first=True,
+        suggestions=("q3_k_m", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k", "q8_0"),
     )
     keep_unquantised: bool = _field(
-        False, "The 16-bit GGUF is 17.9 GB at 9B; keep it to compare quants with it in chat.", MEASURED
+        False,
+        "The 16-bit GGUF is 17.9 GB at 9B; keep it to compare quants with it in chat.",
+        MEASURED,
+        title="Keep the unquantised file",
+        first=True,
     )
     check_examples: int = _field(
         24,
@@ -212,6 +314,7 @@ class ExportRecipe(Recipe):
         ge=2,
         le=512,
         unit="examples",
+        title="Examples to check with",
     )
     check_tokens: int = _field(
         2048,
@@ -221,6 +324,7 @@ class ExportRecipe(Recipe):
         ge=64,
         le=65_536,
         unit="tokens",
+        title="Tokens to check with",
     )
     max_kl: float = _field(
         0.25,
@@ -230,6 +334,7 @@ class ExportRecipe(Recipe):
         gt=0,
         le=10,
         unit="nats a token",
+        title="Highest KL divergence",
     )
     max_new_tokens: int = _field(
         200,
@@ -238,6 +343,7 @@ class ExportRecipe(Recipe):
         ge=8,
         le=4096,
         unit="tokens",
+        title="Longest reply",
     )
 
     def conflicts(self) -> list[str]:
@@ -252,15 +358,26 @@ class ProbeRecipe(Recipe):
     kind: ClassVar[str] = "probe"
 
     probes: str = _field(
-        "katherine", "A probe set: a name in the sample folder, or a path to a TOML file.", CHOSEN, min_length=1
+        "katherine",
+        "A probe set: a name in the sample folder, or a path to a TOML file.",
+        CHOSEN,
+        min_length=1,
+        title="Probe set",
+        first=True,
     )
-    max_new_tokens: int = _field(160, "Room for any reply in the corpus' manner.", K0, ge=8, le=4096, unit="tokens")
+    max_new_tokens: int = _field(
+        160, "Room for any reply in the corpus' manner.", K0, ge=8, le=4096, unit="tokens", title="Longest answer"
+    )
     temperature: float = _field(
         0.0, "0 is greedy: the same answer every time, so that models can be compared.", CHOSEN, ge=0, le=2
     )
     seed: int = _field(20, "Any fixed number.", CHOSEN, ge=0, le=2**31 - 1)
     stages: bool = _field(
-        False, "Also ask the base, the SFT and the DPO model, before any quant (slow on a CPU).", CHOSEN
+        False,
+        "Also ask the base, the SFT and the DPO model, before any quant (slow on a CPU).",
+        CHOSEN,
+        title="Ask the stages too",
+        first=True,
     )
 
     @field_validator("probes")
@@ -320,20 +437,37 @@ def _worded(error: dict[str, Any]) -> str:
 def make(model: type[R], values: dict[str, Any]) -> R:
     """A recipe from plain values (JSON, a form). Raises RecipeError with every reason at once: each field out of
     its bounds, and, judged on the fields that are sound, each conflict between them."""
-    reasons = []
+    reasons: list[str] = []
+    bad: dict[str, str] = {}
     try:
         recipe = model.model_validate(values)
     except ValidationError as error:
         reasons = [_worded(dict(e)) for e in error.errors()]
-        bad = {e["loc"][0] for e in error.errors() if e["loc"]}
+        bad = {str(e["loc"][0]): said for e, said in zip(error.errors(), reasons, strict=True) if e["loc"]}
         try:
             recipe = model.model_validate({k: v for k, v in values.items() if k not in bad})
         except ValidationError:
-            raise RecipeError(reasons) from None
+            raise RecipeError(reasons, bad) from None
     reasons += recipe.conflicts()
     if reasons:
-        raise RecipeError(reasons)
+        raise RecipeError(reasons, bad)
     return recipe
+
+
+def mend(model: type[R], values: Mapping[str, Any], otherwise: R) -> tuple[R, list[str]]:
+    """A recipe from values that an older version may have written, and a sentence for each that is given up: a field
+    that is no more, or a value that is out of bounds by now, for which `otherwise` stands in."""
+    kept = otherwise.model_dump(mode="json") | dict(values)
+    try:
+        return make(model, kept), []
+    except RecipeError as error:
+        said = error.reasons
+        kept = {k: v for k, v in kept.items() if k in model.model_fields}
+        kept |= {name: getattr(otherwise, name) for name in error.fields if name in model.model_fields}
+        try:
+            return make(model, kept), said
+        except RecipeError as conflict:
+            return otherwise, [*said, *(reason for reason in conflict.reasons if reason not in said)]
 
 
 def load(kind: str, values: dict[str, Any]) -> Recipe:
@@ -343,11 +477,72 @@ def load(kind: str, values: dict[str, Any]) -> Recipe:
     return make(KINDS[kind], values)
 
 
-def preset(name: str, model: type[R], changes: Mapping[str, Any] | None = None) -> R:
-    """The named preset's recipe of one stage, with `changes` on top."""
-    if name not in PRESETS:
-        raise NotFound(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-    return make(model, PRESETS[name].get(model.kind, {}) | dict(changes or {}))
+def preset(name: str, model: type[R], changes: Mapping[str, Any] | None = None, home: Home | None = None) -> R:
+    """The named preset's recipe of one stage, with `changes` on top. With `home`, presets saved there are known too;
+    writing them is the business of presets.
+
+    Raises NotFound for a name, RecipeError for changes that cannot work, DataError for a damaged file."""
+    if name in PRESETS:
+        return make(model, PRESETS[name].get(model.kind, {}) | dict(changes or {}))
+    if home is None or name not in preset_names(home):
+        there = preset_names(home) if home else list(PRESETS)
+        raise NotFound(f"There is no preset {name!r}; the presets are {', '.join(there)}.")
+    path = saved_preset(home, name)
+    try:
+        values = json.loads(path.read_bytes()).get(model.kind, {})
+        saved, _ = mend(model, values, model())
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(f"The saved preset {path} is damaged ({error}). Delete it, or mend the file.") from error
+    return make(model, saved.model_dump(mode="json") | dict(changes or {}))
+
+
+def preset_names(home: Home) -> list[str]:
+    """The built-in presets, then those saved in the home, by name."""
+    found = sorted(path.stem for path in (home.root / "presets").glob("[!.]*.json"))
+    return [*PRESETS, *(name for name in found if name not in PRESETS)]
+
+
+def saved_preset(home: Home, name: str) -> Path:
+    """The file of a preset that was saved, or may be."""
+    return home.root / "presets" / f"{name}.json"
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a form or a listing says about a field. label: its name for people, with the unit. limits: its bounds in
+    words. first: it belongs to those that people touch first. suggestions: usual values of a text or a list."""
+
+    name: str
+    label: str
+    unit: str
+    reason: str
+    source: str
+    limits: str
+    first: bool
+    suggestions: tuple[str, ...]
+
+
+def about(model: type[Recipe]) -> list[About]:
+    """Every field of a recipe, in order, as its model describes it."""
+    found = []
+    for name, field in model.model_fields.items():
+        extra: Any = field.json_schema_extra or {}
+        unit = extra.get("unit", "")
+        words = field.title or name.replace("_", " ").capitalize()
+        label = f"{words} ({unit})" if unit and unit not in words.lower() else words
+        found.append(
+            About(
+                name,
+                label,
+                unit,
+                field.description or "",
+                extra.get("source", ""),
+                bounds(model, name),
+                bool(extra.get("first")),
+                tuple(extra.get("suggestions", ())),
+            )
+        )
+    return found
 
 
 def bounds(model: type[Recipe], name: str) -> str:

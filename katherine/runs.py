@@ -78,10 +78,19 @@ class Status:
     machine: str | None = None
     heartbeat: str | None = None
     started: str | None = None
+    phase_began: str | None = None
     ended: str | None = None
     exit_code: int | None = None
     reason: str = ""
     remedy: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """From the last attempt's start to its end, or to now; 0 before it started."""
+        if not self.started:
+            return 0.0
+        end = datetime.fromisoformat(self.ended) if self.ended else datetime.now(UTC)
+        return (end - datetime.fromisoformat(self.started)).total_seconds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +244,4 @@ def result(run: Run) -> dict[str, Any]:
 
 def seconds(run: Run) -> float:
     """From the last attempt's start to its end, or to now; 0 before it started."""
-    status = run.status()
-    if not status.started:
-        return 0.0
-    end = datetime.fromisoformat(status.ended) if status.ended else datetime.now(UTC)
-    return (end - datetime.fromisoformat(status.started)).total_seconds()
+    return run.status().seconds

@@ -13,7 +13,7 @@ _SECRET_SHAPED = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|SESSION_KEY", re.I
 )
 _NOT_SECRET = frozenset({"TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN"})
-SECRETS = ("HF_TOKEN",)
+SECRETS = ("HF_TOKEN", "KATHERINE_OPERATOR_PASSWORD", "KATHERINE_REVIEWER_PASSWORD", "RUNPOD_API_KEY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,15 @@ class Home:
     @property
     def runs(self) -> Path:
         return self.root / "runs"
+
+    @property
+    def inbox(self) -> Path:
+        """Files that came in and are not a dataset yet: from the page, from the hub, or put here by hand."""
+        return self.root / "inbox"
+
+    @property
+    def errands(self) -> Path:
+        return self.root / "errands"
 
     @property
     def cache(self) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from browser import browser, serving  # noqa: F401
 
 from katherine import settings
 from katherine.examples import Conversation, Message, Preference

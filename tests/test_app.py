@@ -83,3 +83,24 @@ def test_many_problems_are_counted_and_not_all_printed(app, files):
     assert said.count("rejected: ") == 40
     # 201 broken lines, and a file in which no line is usable.
     assert "and 162 more: all are in" in said
+
+
+def test_datasets_are_changed_listed_compared_shown_and_deleted(app, files):
+    pair = '{"prompt": [{"role": "user", "content": "q"}], "chosen": [{"role": "assistant", "content": "y"}], '
+    (files / "b.jsonl").write_text(pair + '"rejected": [{"role": "assistant", "content": "n"}]}\n')
+    whole = json.loads(app("prepare", str(files), "--name", "cli", "--uncurated", "--json").stdout)
+    less = json.loads(app("prepare", "--again", whole["dataset"], "--leave-out", "b.jsonl", "--json").stdout)
+    assert (whole["dpo"]["used"], less["dpo"]["used"], less["options"]["left_out"]) == (1, 0, ["b.jsonl"])
+    listed = app("datasets").stdout
+    assert whole["dataset"] in listed and less["dataset"] in listed
+    compared = app("datasets", "--compare", whole["dataset"], less["dataset"]).stdout
+    assert "left_out: [] against ['b.jsonl']" in compared and "include_uncurated: True against False" in compared
+    assert "⟦Katherine.⟧⟦<|im_end|>⟧" in app("examples", whole["dataset"], "--search", "KATHERINE").stdout
+    assert "chosen: ⟦y⟧" in app("examples", whole["dataset"], "--kind", "dpo").stdout
+    assert app("datasets", "--delete", less["dataset"]).returncode == 0
+    assert less["dataset"] not in app("datasets").stdout
+
+
+def test_fetch_says_in_words_what_is_no_place_on_the_hub(app):
+    ran = app("fetch", "nowhere")
+    assert ran.returncode == 1 and "is no place on the hub" in ran.stderr and "Traceback" not in ran.stderr

@@ -194,6 +194,37 @@ def test_the_second_run_installs_nothing_and_hands_over(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+def test_without_a_word_it_ends_in_serving(finished):
+    environment = os.environ | {"KATHERINE_HOME": str(finished / "home"), "KATHERINE_CPU": "1"}
+    command = ["bash", str(finished / "bootstrap.sh")]
+    ended = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=60)
+    assert ended.stdout == f"{finished}/.venv ['serve']\n"
+
+
+# What stands for the search: it finds a Chromium once apt-get has brought one that runs.
+SEARCH = "find_browser() { if [[ -e $KATHERINE_HOME/runs ]]; then echo /usr/bin/chromium; else echo none; false; fi; }"
+
+
+@pytest.mark.parametrize(
+    ("apt_get", "required", "status", "said"),
+    [
+        ("touch $KATHERINE_HOME/runs", "required", 0, "installing chromium"),
+        ("true", "", 0, "none: the tests marked 'browser' are left out"),  # Ubuntu's stub: installed, and does not run
+        ("exit 100", "", 0, "apt-get could not"),
+        ("exit 100", "required", 1, "stopped: none"),
+    ],
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="packages are installed by root alone")
+def test_a_browser_is_brought_by_the_system_or_what_is_left_out_is_said(tmp_path, apt_get, required, status, said):
+    program(tmp_path / "bin", "apt-get", apt_get)
+    script = f"{SEARCH}\nlog=/dev/null; bring_browser; echo went on"
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    ended = bash(script, PATH=path, KATHERINE_HOME=str(tmp_path), KATHERINE_BROWSER=required)
+    assert ended.returncode == status
+    assert said in ended.stderr
+    assert ("went on" in ended.stdout) == (status == 0)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -1,4 +1,6 @@
+import csv
 import hashlib
+import io
 import json
 import os
 import random
@@ -8,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from katherine import corpus, findings, intake, lines, probes
-from katherine.errors import DataError, DiskError, NotFound
+from katherine import corpus, findings, intake, lines, probes, runs, shelf
+from katherine.errors import Busy, DataError, DiskError, NotFound
 from katherine.examples import Conversation, Message, Preference
+from katherine.progress import Quiet, Stopped
 from katherine.settings import PROJECT, Home
 
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hey you"}]}
@@ -703,7 +706,10 @@ def test_a_dataset_appears_whole_or_not_at_all(tmp_path, home):
     assert not list(home.datasets.iterdir())
     dataset = corpus.prepare([tmp_path / "a.jsonl"], home)
     there = {path.name for path in dataset.path.iterdir()}
-    assert there == {"raw", "sft.jsonl", "dpo.jsonl", "rejects.jsonl", "report.json"}
+    assert there == {
+        "raw", "sft.jsonl", "dpo.jsonl", "rejects.jsonl", "uncurated.jsonl", "problems.jsonl", "summary.json",
+        "report.json",
+    }  # fmt: skip
     assert [path.name for path in home.datasets.iterdir()] == [dataset.id]
 
 
@@ -772,6 +778,241 @@ def test_every_rejected_line_is_named_and_the_first_of_them_show_their_text(tmp_
     assert {p["reason"] for p in rejected(dataset)} == {"empty turn: turn 2 (assistant) has no text"}
     assert [bool(p["text"]) for p in dataset.report["problems"]] == [True, True, True, False, False, False]
     assert [json.loads(entry["text"]) for entry in rejects_file(dataset)] == rows[:5]
+
+
+# ---------------------------------------------------------------------------------------------- what goes in
+
+
+def test_a_file_that_is_left_out_is_kept_but_not_read(tmp_path, home):
+    a, b = write(tmp_path / "a.jsonl", sft("a", "1"), pair("q", "x", "y")), write(tmp_path / "b.jsonl", GOOD, "{")
+    without = corpus.prepare([a, b], home, leave_out=["b.jsonl"])
+    assert (without.report["files"], without.report["lines"], without.report["sft"]["unique"]) == (1, 2, 1)
+    assert without.report["unrecognised"] == 0 and not rejected(without)
+    assert [file.get("left_out", False) for file in without.report["by_file"]] == [False, True]
+    assert (without.path / "raw" / "b.jsonl").read_bytes() == b.read_bytes()
+    assert without.fingerprint == corpus.prepare([a], home).fingerprint
+    by_path = corpus.prepare([a, b], home, leave_out=[str(b)])
+    assert by_path.path == without.path
+
+
+def test_what_is_left_out_must_be_there_and_something_must_be_left(tmp_path, home):
+    a, b = write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "b.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"no file 'c.jsonl' to leave out. There are: a.jsonl, b.jsonl"):
+        corpus.prepare([a, b], home, leave_out=["c.jsonl"])
+    with pytest.raises(DataError, match="Every file is left out"):
+        corpus.prepare([a, b], home, leave_out=["a.jsonl", "b.jsonl"])
+    assert not home.root.exists()
+
+
+def test_uncurated_pairs_are_chosen_by_their_content_hash(tmp_path, home):
+    rows = [pair(f"q{n}", "yes", "no", None) for n in range(5)] + [pair("c", "yes", "no")]
+    file = write(tmp_path / "a.jsonl", *rows)
+    listed = shelf.uncurated(home, corpus.prepare([file], home).id, 10)
+    assert sorted(pair.prompt for pair in listed) == [f"q{n}" for n in range(5)]
+    assert {(pair.file, pair.used) for pair in listed} == {("a.jsonl", False)}
+    chosen = [pair.id for pair in listed if pair.prompt in ("q1", "q3")]
+    dataset = corpus.prepare([file], home, include_uncurated=chosen)
+    assert sorted(p.prompt[0].content for p in dataset.preferences()) == ["c", "q1", "q3"]
+    assert dataset.report["dpo"]["used"] == 3 and dataset.report["dpo"]["uncurated"] == 5
+    assert dataset.report["options"]["include_uncurated"] == sorted(chosen)
+    assert sum(pair.used for pair in shelf.uncurated(home, dataset.id, 10)) == 2
+
+
+def test_a_chosen_pair_that_is_not_there_is_said_and_a_hash_that_is_none_is_refused(tmp_path, home):
+    file = write(tmp_path / "a.jsonl", GOOD, pair("q", "yes", "no", None))
+    dataset = corpus.prepare([file], home, include_uncurated=["00" * 16])
+    assert [p["reason"] for p in warnings(dataset)] == ["1 of the 1 chosen uncurated pairs are not in these files"]
+    with pytest.raises(DataError, match="content hash"):
+        corpus.prepare([file], home, include_uncurated=["all"])
+
+
+def test_a_change_of_what_goes_in_is_another_dataset_with_the_same_names(tmp_path, home):
+    write(tmp_path / "in" / "deep" / "a.jsonl", sft("a", "1"))
+    write(tmp_path / "in" / "b.jsonl", GOOD, pair("q", "yes", "no", None))
+    first = corpus.prepare([tmp_path / "in"], home, name="k0")
+    before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    less = corpus.change(home, first.id, leave_out=["deep/a.jsonl"], include_uncurated=True, name="k0")
+    assert [file["file"] for file in less.report["by_file"]] == ["b.jsonl", "deep/a.jsonl"]
+    assert (less.report["sft"]["unique"], less.report["dpo"]["used"]) == (1, 1)
+    assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
+    # What was left out is put back in from the dataset's own files.
+    back = corpus.change(home, less.id, name="k0")
+    assert back.fingerprint == first.fingerprint and back.id == first.id
+    with pytest.raises(NotFound):
+        corpus.change(home, "nothing-0000")
+
+
+def test_preparing_says_where_it_is_and_stops_when_told(tmp_path, home, monkeypatch):
+    monkeypatch.setattr(intake, "OFTEN", 10)
+    file = write(tmp_path / "a.jsonl", *(sft(f"q{n}", "x" * 2000) for n in range(1000)))
+
+    class Told(Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: list[tuple[int, int]] = []
+            self.stop_at: int | None = None
+
+        def step(self, step: int, of: int) -> None:
+            self.steps.append((step, of))
+
+        def stop_requested(self) -> bool:
+            return self.stop_at is not None and self.steps[-1][0] >= self.stop_at
+
+    told = Told()
+    corpus.prepare([file], home, progress=told)
+    assert told.phases == ["read", "count"]
+    assert told.steps == sorted(told.steps, key=lambda step: step[0]) and told.steps[-1] == (2, 2)
+    told.stop_at = 1
+    told.steps.clear()
+    with pytest.raises(Stopped):
+        corpus.prepare([file], home, progress=told, name="other")
+    assert [path.name[:8] for path in home.datasets.iterdir()] == ["dataset-"]
+
+
+def test_a_draft_left_by_a_killed_process_goes_and_a_fresh_one_stays(tmp_path, home):
+    for name, age in (("old", 2 * corpus.ABANDONED), ("new", 0)):
+        raw = home.datasets / f".draft-{name}" / "raw"
+        raw.mkdir(parents=True)
+        (raw / "a.jsonl").write_text("x")
+        for path in (raw / "a.jsonl", raw, raw.parent):
+            os.utime(path, (path.stat().st_mtime - age,) * 2)
+    corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home)
+    assert [path.name for path in home.datasets.glob(".*")] == [".draft-new"]
+
+
+# ---------------------------------------------------------------------------------------------- the shelf
+
+
+def everything(home: Home, dataset_id: str) -> list[dict]:
+    """Every problem, through the pages of every group."""
+    found = []
+    for group in range(len(shelf.summary(home, dataset_id).report["problem_groups"])):
+        start = 0
+        while start is not None:
+            page = shelf.problems(home, dataset_id, group, start, count=2)
+            found += page.problems
+            start = page.next
+    return [{name: getattr(problem, name) for name in problem.__struct_fields__} for problem in found]
+
+
+def bad_files(tmp_path: Path) -> list[Path]:
+    rows = [sft("q", ""), sft("q"), "{", "[]", pair("q", "a", "a"), GOOD, GOOD | {"x": 1}, sft("q", "w " * 30)]
+    return [write(tmp_path / "a.jsonl", *rows, sft("r", "")), write(tmp_path / "b.jsonl", sft("s", ""))]
+
+
+def old(home: Home, dataset: corpus.Dataset) -> None:
+    """As datasets were before there were summaries."""
+    for name in ("summary.json", "problems.jsonl", "uncurated.jsonl"):
+        (dataset.path / name).unlink()
+    report = json.loads((dataset.path / "report.json").read_bytes())
+    del report["histograms"], report["options"]["left_out"]
+    (dataset.path / "report.json").write_text(json.dumps(report))
+
+
+@pytest.mark.parametrize("age", ["new", "old"])
+def test_problems_of_one_kind_stand_together_and_none_is_lost(tmp_path, home, age):
+    dataset = corpus.prepare(bad_files(tmp_path), home, template=WordCount(), max_length=20)
+    if age == "old":
+        old(home, dataset)
+    groups = shelf.summary(home, dataset.id).report["problem_groups"]
+    assert groups[0] | {"start": 0, "end": 0} == {
+        "group": "empty turn", "severity": "rejected", "count": 3, "files": 2, "start": 0, "end": 0,
+        "reason": "empty turn: turn 2 (assistant) has no text",
+    }  # fmt: skip
+    assert [group["severity"] for group in groups] == sorted(group["severity"] for group in groups)
+    assert "longer than the max length" in {group["group"] for group in groups}
+    there = everything(home, dataset.id)
+    assert sorted(map(str, there)) == sorted(map(str, dataset.report["problems"]))
+    assert [json.loads(line) for line in b"".join(shelf.problems_jsonl(home, dataset.id)).splitlines()] == there
+    rows = list(csv.reader(io.StringIO("".join(shelf.problems_csv(home, dataset.id)))))
+    assert rows[0] == ["severity", "file", "line", "reason", "text"] and len(rows) == len(there) + 1
+    with pytest.raises(NotFound):
+        shelf.problems(home, dataset.id, len(groups))
+
+
+@pytest.mark.parametrize(
+    ("reason", "group"),
+    [
+        ("`prompt`: empty turn: turn 3 (user) has no text", "empty turn"),
+        ("turn 2: the assistant's text holds <think>; thoughts", "the assistant's text holds <think>"),
+        ("1,234 tokens; training takes up to 1,024 and leaves this one out", "longer than the max length"),
+        ("chosen and rejected are swapped in a; b.jsonl, line 3 (uncurated); both are left out",
+         "chosen and rejected are swapped in another line"),
+        ("unknown role 'it\\'s: me' in `messages` 12; known are", "unknown role … in `messages` …"),
+        ("ignored keys: 'a', 'b' (and in 3 more lines of this file)", "ignored keys"),
+    ],
+)  # fmt: skip
+def test_a_problems_group_leaves_out_what_differs_from_line_to_line(reason, group):
+    assert findings.group(reason) == group
+
+
+def test_a_cell_of_the_csv_never_begins_a_formula(tmp_path, home):
+    dataset = corpus.prepare([write(tmp_path / "=cmd.jsonl", GOOD, "=HYPERLINK(1)", "@x", "plain")], home)
+    rows = list(csv.reader(io.StringIO("".join(shelf.problems_csv(home, dataset.id)))))[1:]
+    assert {row[1] for row in rows} == {"'=cmd.jsonl"}
+    assert sorted(row[4] for row in rows) == ["'=HYPERLINK(1)", "'@x", "plain"]
+
+
+def test_a_list_of_datasets_reads_no_problems_and_shows_old_and_damaged_ones(tmp_path, home):
+    first = corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home, name="first")
+    second = corpus.prepare([write(tmp_path / "b.jsonl", sft("x", "y"), "{")], home, name="second")
+    old(home, first)
+    os.utime(first.path / "report.json", (0, 0))
+    (home.datasets / "broken-1").mkdir()
+    (home.datasets / "broken-1" / "report.json").write_text("{")
+    # What is summed up is not read again from the report.
+    (second.path / "report.json").write_text("{")
+    assert [one.id for one in shelf.everyone(home)] == [second.id, first.id]
+    assert shelf.summary(home, first.id).report["sft"] == first.report["sft"]
+    assert shelf.summary(home, first.id).report["histograms"] is None
+    assert shelf.uncurated(home, first.id, 5) is None
+    with pytest.raises(DataError, match="damaged"):
+        shelf.summary(home, "broken-1")
+
+
+def test_two_datasets_are_compared_by_content_whatever_their_files_and_tags(tmp_path, home):
+    rows = [sft(f"q{n}", f"a{n}") for n in range(300)]
+    one = corpus.prepare([write(tmp_path / "a.jsonl", *rows[:200], pair("p", "x", "y"), pair("r", "x", "y"))], home)
+    more = [*rows[150:][::-1], pair("p", "x", "y", ("other", "tags")), pair("s", "x", "y")]
+    two = corpus.prepare([write(tmp_path / "b.jsonl", *more)], home, max_length=512)
+    found = shelf.compare(home, one.id, two.id)
+    assert (found.sft.only_first, found.sft.only_second, found.sft.both) == (150, 100, 50)
+    assert (found.dpo.only_first, found.dpo.only_second, found.dpo.both) == (1, 1, 1)
+    assert found.options == {"max_length": (1024, 512)}
+
+
+def test_a_dataset_that_a_run_learned_from_stays_and_others_can_go(tmp_path, home):
+    used = corpus.prepare([write(tmp_path / "a.jsonl", GOOD)], home)
+    other = corpus.prepare([write(tmp_path / "b.jsonl", sft("x", "y"))], home)
+    run = runs.create(home, "sft", recipe={}, who="test", dataset=used.id)
+    with pytest.raises(Busy, match=run.id):
+        shelf.remove(home, used.id)
+    shelf.remove(home, other.id)
+    assert [path.name for path in home.datasets.iterdir()] == [used.id]
+    with pytest.raises(NotFound):
+        shelf.remove(home, other.id)
+
+
+@pytest.mark.parametrize(
+    ("counts", "width", "bars", "beyond"),
+    [
+        ([7], 1, 8, 0),
+        ([1] * 10 + [3], 1, 4, 0),
+        ([*range(30, 250)] * 10, 5, 50, 0),
+        ([*range(1, 10_000)], 200, 50, 0),
+        ([100] * 200 + [1_000_000], 2, 100, 1),
+        ([0], 1, 1, 0),
+    ],
+)
+def test_a_histogram_has_bars_of_a_round_width_and_counts_every_row(counts, width, bars, beyond):
+    found = findings.histogram(counts)
+    assert (found["width"], len(found["counts"]), found["beyond"]) == (width, bars, beyond)
+    assert sum(found["counts"]) + found["beyond"] == len(counts)
+    assert found["counts"][counts[0] // width] >= 1
+
+
+def test_there_is_no_histogram_of_nothing():
+    assert findings.histogram([]) is None
 
 
 # ---------------------------------------------------------------------------------------------- the sample

@@ -175,11 +175,6 @@ def test_the_containers_memory_limit_is_found(tmp_path, membership, files, expec
     assert doctor.cgroup_memory(tmp_path, tmp_path / "cgroup") == expected
 
 
-def test_the_file_system_of_a_path_is_the_kernels_word_for_it():
-    assert doctor.file_system(Path("/proc/self")) == "proc"
-    assert doctor.file_system(Path(__file__)) not in ("proc", "unknown")
-
-
 def test_a_home_that_cannot_be_written_is_a_problem():
     check = doctor.disk(Home(Path("/proc/katherine")))
     assert check.state == "problem"

@@ -31,7 +31,7 @@ def shown(handler: Callable[P, R]) -> Callable[P, R]:
             raise gr.Error(message(str(error)), duration=None, print_exception=False) from None
         except Exception as error:
             reference = secrets.token_hex(4)
-            _log.exception("bug %s in %s", reference, handler.__qualname__)
+            _log.exception("bug %s in %s", reference, getattr(handler, "__qualname__", handler))
             text = f"A bug in the panel ({type(error).__name__}). The panel's log has it under {reference}."
             raise gr.Error(message(text), duration=None, print_exception=False) from None
 

@@ -4,20 +4,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs import slot
 from katherine.history import History
+from katherine.rendering import Renderer
 from katherine.settings import Home
+from katherine.telemetry import Watch
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """home: where everything lies. history: its runs, read cheaply."""
+    """home: where everything lies. history: its runs, read cheaply. watch: the GPUs, read while the server runs.
+    renderer: examples as training sees them."""
 
     home: Home
     history: History
+    watch: Watch
+    renderer: Renderer
 
     @classmethod
     def of(cls, home: Home) -> "Panel":
-        return cls(home, History(home))
+        return cls(home, History(home), Watch(in_use=lambda: slot.is_held(home, "gpu-0")), Renderer(home))
 
 
 @dataclass(frozen=True, slots=True)

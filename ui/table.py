@@ -4,27 +4,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gradio as gr
+from ui.component import HTML, when_ready
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """text: what is shown. sort: what it is ordered by, where that is not the text (a number or a string). tone: how
-    it looks: "good", "bad", "warn", "busy", "dim" or "". link: a path of this panel to open, never data's."""
+    it looks: "good", "bad", "warn", "busy", "dim" or "". link: a path of this panel to open, never data's. whole: the
+    text in full where it is shortened, shown at the pointer."""
 
     text: str
     sort: float | str | None = None
     tone: str = ""
     link: str = ""
+    whole: str = ""
 
 
-class Table(gr.HTML):
+class Table(HTML):
     """Rows of `Cell` (or plain values) under `columns`. A numeric column's label ends with "#", which is not shown.
     `table.select(handler)` hears clicks on rows; the handler's `event: gr.EventData` has `event.id`, the row's id.
     `empty` is what to do next when there are no rows."""
-
-    # Gradio writes a .pyi file beside the source of a component's class, unless it was made in a session.
-    __module__ = "__main__"
 
     def __init__(self, columns: Sequence[str], empty: str, *, selects: bool = False, **given: Any):
         self._columns = list(columns)
@@ -33,7 +32,7 @@ class Table(gr.HTML):
         super().__init__(
             self.rows([]),
             html_template="<div class='k-table'></div>",
-            js_on_load="katherine.table(element, props, watch, (id) => trigger('select', {id}))",
+            js_on_load=when_ready("katherine.table(element, props, watch, (id) => trigger('select', {id}))"),
             apply_default_css=False,
             **given,
         )
@@ -55,6 +54,6 @@ def _cell(value: Any) -> Any:
     """As JavaScript takes it: text alone where there is nothing else, so that 500 rows stay small."""
     if not isinstance(value, Cell):
         return "" if value is None else value
-    if value.sort is None and not value.tone and not value.link:
+    if value.sort is None and not value.tone and not value.link and not value.whole:
         return value.text
-    return {"t": value.text, "s": value.sort, "c": value.tone, "h": value.link}
+    return {"t": value.text, "s": value.sort, "c": value.tone, "h": value.link, "w": value.whole}

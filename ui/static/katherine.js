@@ -1,6 +1,5 @@
 // What the browser does itself: tables and figures. Everything from data goes in as text, never as HTML.
 window.katherine = (() => {
-  const dark = () => document.body.classList.contains("dark");
   const css = (name) => getComputedStyle(document.body).getPropertyValue(name).trim();
   const make = (tag, className, text) => {
     const node = document.createElement(tag);
@@ -16,6 +15,7 @@ window.katherine = (() => {
   function cellNode(value, numeric) {
     const cell = make("td", numeric ? "k-number" : "");
     const rich = value !== null && typeof value === "object" ? value : { t: value };
+    if (rich.w) cell.title = rich.w;
     if (rich.h) {
       const link = make("a", rich.c ? `k-${rich.c}` : "", rich.t);
       link.href = rich.h;
@@ -29,6 +29,8 @@ window.katherine = (() => {
     }
     return cell;
   }
+
+  const BATCH = 60; // rows: two screens of them
 
   function table(element, props, watch, select) {
     const host = element.querySelector(".k-table");
@@ -47,6 +49,34 @@ window.katherine = (() => {
         return direction * String(x).localeCompare(String(y), undefined, { numeric: true });
       });
     };
+
+    const lineOf = (row, value) => {
+      const line = make("tr");
+      row.cells.forEach((cell, column) => line.append(cellNode(cell, value.columns[column].endsWith("#"))));
+      if (row.id === null) return line;
+      line.className = row.id === value.selected ? "k-row k-selected" : "k-row";
+      line.tabIndex = 0;
+      line.dataset.id = row.id;
+      const choose = () => {
+        host.querySelectorAll(".k-selected").forEach((other) => other.classList.remove("k-selected"));
+        line.classList.add("k-selected");
+        value.selected = row.id;
+        select(row.id);
+      };
+      line.addEventListener("click", choose);
+      line.addEventListener("keydown", (event) => {
+        if (event.key === "Enter" || event.key === " ") {
+          event.preventDefault();
+          choose();
+        }
+      });
+      return line;
+    };
+
+    let more = () => {};
+    host.addEventListener("scroll", () => {
+      if (host.scrollTop + host.clientHeight > host.scrollHeight - 600) more();
+    });
 
     const draw = () => {
       const value = props.value;
@@ -74,28 +104,14 @@ window.katherine = (() => {
         head.append(cell);
       });
       const body = make("tbody");
-      for (const row of order(value)) {
-        const line = make("tr");
-        row.cells.forEach((cell, column) => line.append(cellNode(cell, numeric[column])));
-        if (row.id !== null) {
-          line.className = row.id === value.selected ? "k-row k-selected" : "k-row";
-          line.tabIndex = 0;
-          line.dataset.id = row.id;
-          const choose = () => {
-            host.querySelectorAll(".k-selected").forEach((other) => other.classList.remove("k-selected"));
-            line.classList.add("k-selected");
-            select(row.id);
-          };
-          line.addEventListener("click", choose);
-          line.addEventListener("keydown", (event) => {
-            if (event.key === "Enter" || event.key === " ") {
-              event.preventDefault();
-              choose();
-            }
-          });
-        }
-        body.append(line);
-      }
+      const rows = order(value);
+      // Laying out hundreds of rows takes longer than opening a tab may: those further down come when they are near.
+      more = () => {
+        for (const row of rows.slice(body.childElementCount, body.childElementCount + BATCH)) body.append(lineOf(row, value));
+      };
+      const before = host.querySelector("tbody")?.childElementCount || 0;
+      do more();
+      while (body.childElementCount < Math.min(before, rows.length));
       const whole = make("table");
       const top = make("thead");
       top.append(head);
@@ -137,6 +153,7 @@ window.katherine = (() => {
     const host = element.querySelector(".k-plot");
     const empty = element.querySelector(".k-empty");
     host.style.minHeight = `${props.height}px`;
+    let drawn = [];
     const draw = () => {
       const value = props.value;
       empty.textContent = value ? "" : props.empty;
@@ -144,6 +161,9 @@ window.katherine = (() => {
       host.style.display = value ? "" : "none";
       // Hidden in a closed tab there is no width to draw into; it is drawn when the tab opens.
       if (!value || typeof Plotly === "undefined" || !host.offsetParent) return;
+      const now = [value, host.clientWidth, document.body.classList.contains("dark")];
+      if (now.every((part, index) => part === drawn[index])) return;
+      drawn = now;
       const layout = painted(value.layout || {}, props.height, host.clientWidth < 500);
       Plotly.react(host, value.data, layout, { displaylogo: false, responsive: false, scrollZoom: false,
         modeBarButtonsToRemove: ["lasso2d", "select2d"] });
@@ -154,13 +174,47 @@ window.katherine = (() => {
     draw();
   }
 
-  // plotly.js is large: it loads beside the page, and figures are drawn when it has come.
+  // plotly.js is large and comes beside the page, in no certain order: figures are drawn once it is there.
   const redraw = () => figures.forEach((draw) => draw());
-  window.addEventListener("load", redraw);
-  document.addEventListener("DOMContentLoaded", () => {
+  const awaited = setInterval(() => {
+    if (typeof Plotly === "undefined") return;
+    clearInterval(awaited);
+    redraw();
     new MutationObserver(redraw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-    document.getElementById("katherine-plotly")?.addEventListener("load", redraw);
+  }, 100);
+
+  // A session that has ended answers 401 to the page's polls: back to the door, and from there to this tab.
+  const fetched = window.fetch;
+  window.fetch = async (...asked) => {
+    const answer = await fetched(...asked);
+    if (answer.status === 401 && new URL(answer.url).origin === location.origin) {
+      location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
+    }
+    return answer;
+  };
+
+  // ------------------------------------------------------------------------------------------------ tabs
+  // The open tab is in the address, so that a reload (Gradio's own after a lost connection included) comes back to it.
+  const tabButtons = () => [...document.querySelectorAll("#tabs > .tab-wrapper button")];
+  const nameOf = (button) => (button.dataset.tabId || button.textContent.trim()).toLowerCase();
+
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest?.("#tabs > .tab-wrapper button");
+    if (button && nameOf(button)) history.replaceState(null, "", `#${nameOf(button)}`);
   });
 
-  return { table, figure, dark, redraw };
+  function openTab(name) {
+    const button = tabButtons().filter((one) => nameOf(one) === name && !one.closest("[aria-hidden=true]"))[0];
+    if (button && button.getAttribute("aria-selected") !== "true") button.click();
+    return Boolean(button);
+  }
+
+  const wanted = decodeURIComponent(location.hash.slice(1));
+  if (wanted) {
+    const patience = setInterval(() => openTab(wanted) && clearInterval(patience), 100);
+    setTimeout(() => clearInterval(patience), 10000);
+  }
+
+  return { table, figure, redraw, openTab };
 })();
+window.dispatchEvent(new Event("katherine"));

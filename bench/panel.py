@@ -1,0 +1,275 @@
+"""The panel while the machine is busy: how long a tab switch and a plot refresh take, and what the web process needs,
+with hundreds of past runs and a run of 50,000 logged steps, while a real training uses every core.
+`python -m bench.panel [--runs N] [--steps N] [--seconds N] [--json]`
+
+Every figure stands beside the same one from before the training began, in the same run. Needs Chromium and the test
+tools (`bash bootstrap.sh test` brings them)."""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.past import write_past
+from jobs import queue
+from katherine import bases, corpus, probes, recipe, runs, settings
+from katherine.runs import Run, State
+from katherine.settings import PROJECT, Home
+from katherine.template import ChatTemplate
+
+PASSWORD = "a password of this benchmark"
+# What the panel is held to: milliseconds, bytes and bytes.
+TAB, REFRESH, REFRESH_BYTES, MEMORY = 300, 150, 60_000, 350e6
+TABS = ("dataset", "recipe", "train", "export", "history")
+CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+            "--disable-component-update", "--disable-sync"]  # fmt: skip
+# From the click to the frame in which the tab's content is there, measured in the page: the driver's own way to and
+# from it is no part of it.
+SWITCH = """async (name) => {
+  const frame = () => new Promise(requestAnimationFrame);
+  const began = performance.now();
+  katherine.openTab(name);
+  const open = () => {
+    const panel = [...document.querySelectorAll('#tabs > .tabitem')].find((one) => one.offsetParent !== null);
+    return location.hash === `#${name}` && panel && panel.innerText.trim().length > 0;
+  };
+  while (!open()) await frame();
+  await frame();
+  return performance.now() - began;
+}"""
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--runs", type=int, default=500, help="past runs (default: %(default)s)")
+    asked.add_argument("--steps", type=int, default=50_000, help="logged steps of the longest (default: %(default)s)")
+    asked.add_argument("--seconds", type=float, default=60, help="of watching the plots (default: %(default)s)")
+    asked.add_argument("--json", action="store_true")
+    options = asked.parse_args()
+    with tempfile.TemporaryDirectory(prefix="katherine-bench-") as folder:
+        home = Home(Path(folder))
+        _borrow_cache(home)
+        past = write_past(home, runs=options.runs, steps=options.steps)
+        longest = max((run for run in past if run.record.kind == "sft"), key=lambda run: _size(run))
+        with _panel(home) as (port, process), _growing(longest):
+            before = _watch(port, longest, options.seconds / 2)
+            with _training(home) as training:
+                during = _watch(port, longest, options.seconds)
+                state = training.status()
+            memory = _high_water(process.pid)
+    if state.state is not State.running:
+        raise SystemExit(f"The training meant to keep the cores busy was {state.state}: {state.reason}")
+    report = _report(before, during, memory, len(past), options.steps, state)
+    print(json.dumps(report, indent=2)) if options.json else _print(report)
+
+
+def _borrow_cache(home: Home) -> None:
+    """What set-up fetched: the small base and its tokenizer."""
+    cache = settings.home().cache
+    if cache.is_dir():
+        (home.root / "cache").symlink_to(cache)
+
+
+def _size(run: Run) -> int:
+    path = run.path / "metrics.jsonl"
+    return path.stat().st_size if path.is_file() else 0
+
+
+@contextmanager
+def _panel(home: Home) -> Iterator[tuple[int, subprocess.Popen]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    secrets = {"KATHERINE_OPERATOR_PASSWORD": PASSWORD, "KATHERINE_REVIEWER_PASSWORD": PASSWORD[::-1]}
+    process = subprocess.Popen(
+        [sys.executable, "app.py", "serve", "--port", str(port)],
+        cwd=PROJECT,
+        env=os.environ | secrets | {"KATHERINE_HOME": str(home.root)},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+                break
+            except OSError:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SystemExit("The panel did not start.") from None
+                time.sleep(0.2)
+        yield port, process
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@contextmanager
+def _growing(run: Run) -> Iterator[None]:
+    """A row a second at the end of the run's metrics, as a training logs them: so that every refresh has news."""
+    last = list(run.metrics())[-1]
+    ending = threading.Event()
+
+    def grow() -> None:
+        step = last["step"]
+        while not ending.wait(1):
+            step += 1
+            with (run.path / "metrics.jsonl").open("a") as out:
+                out.write(json.dumps(last | {"step": step, "time": runs.now()}) + "\n")
+
+    thread = threading.Thread(target=grow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ending.set()
+        thread.join()
+
+
+@contextmanager
+def _training(home: Home) -> Iterator[Run]:
+    """A real SFT of the small base through the queue, past its first step when this begins, killed when it ends."""
+    sft = recipe.preset("demo", recipe.SftRecipe, {"num_train_epochs": 50, "save_steps": 100_000})
+    template = ChatTemplate.load(bases.tokenizer(home, sft.base))
+    dataset = corpus.prepare([probes.SAMPLE], home, template=template, base=sft.base, max_length=sft.max_length)
+    run = queue.submit(home, "sft", recipe=sft.model_dump(mode="json"), who="bench.panel", dataset=dataset.id)
+    try:
+        while (status := run.status()).step < 2:
+            if status.state in runs.ENDED:
+                raise SystemExit(f"The training did not begin: {status.reason}")
+            time.sleep(0.5)
+        yield run
+    finally:
+        queue.stop(home, run.id, kill=True)
+        queue.wait(home, run.id, timeout=30)
+
+
+def _watch(port: int, run: Run, seconds: float) -> dict[str, Any]:
+    """Tab switches in turn, then the train tab with `run` chosen: its refreshes over HTTP, as the browser gets them."""
+    from playwright.sync_api import sync_playwright
+
+    switches: dict[str, list[float]] = {name: [] for name in TABS}
+    refreshes: list[tuple[float, int, int]] = []
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.goto(f"http://127.0.0.1:{port}/operator/")
+        page.fill("#password", PASSWORD)
+        page.click("button[type=submit]")
+        page.wait_for_selector("#tabs")
+        page.wait_for_timeout(3000)
+        for _ in range(10):
+            for name in TABS:
+                switches[name].append(page.evaluate(SWITCH, name))
+                page.wait_for_timeout(400)
+        page.evaluate("katherine.openTab('train')")
+        _choose(page, run)
+
+        def finished(request: Any) -> None:
+            if request.method == "POST" and "/gradio_api/" in request.url and (answer := request.response()):
+                body = answer.body()
+                if b"bdata" in body:
+                    timing = request.timing
+                    spent = timing["responseEnd"] - timing["requestStart"]
+                    refreshes.append((spent, len(body), request.sizes()["responseBodySize"]))
+
+        page.on("requestfinished", finished)
+        page.wait_for_timeout(seconds * 1000)
+        page.remove_listener("requestfinished", finished)
+        browser.close()
+    if len(refreshes) < 5:
+        raise SystemExit(f"Only {len(refreshes)} plot refreshes were seen in {seconds:.0f} s.")
+    return {"switches": switches, "refreshes": refreshes}
+
+
+def _choose(page: Any, run: Run) -> None:
+    """The run in the picker of the train tab, and its curve on the screen."""
+    picker = page.get_by_label("Run shown")
+    picker.click()
+    picker.fill(run.id.rpartition("-")[2])
+    page.get_by_role("option").first.click()
+    page.get_by_text(run.id).first.wait_for()
+    page.locator(".k-plot .main-svg").first.wait_for()
+
+
+def _high_water(pid: int) -> int:
+    """The most memory the process has had resident, in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("/proc names no VmHWM: is this Linux?")
+
+
+def _percentile(values: list[float], percent: int) -> float:
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+
+
+def _report(
+    before: dict[str, Any], during: dict[str, Any], memory: int, past: int, steps: int, training: runs.Status
+) -> dict[str, Any]:
+    def spread(values: list[float]) -> dict[str, float]:
+        return {"median": round(statistics.median(values), 1), "p95": round(_percentile(values, 95), 1)}
+
+    def figures(seen: dict[str, Any]) -> dict[str, Any]:
+        spent, whole, sent = zip(*seen["refreshes"], strict=True)
+        return {
+            "tab_ms": {name: spread(values) for name, values in seen["switches"].items()},
+            "all_tabs_ms": spread([value for values in seen["switches"].values() for value in values]),
+            "refresh_ms": spread(list(spent)),
+            "refresh_bytes": spread(list(whole)),
+            "refresh_bytes_sent": spread(list(sent)),
+            "refreshes": len(spent),
+        }
+
+    idle, busy = figures(before), figures(during)
+    return {
+        "past_runs": past,
+        "steps": steps,
+        "cores": os.cpu_count(),
+        "training_step": training.step,
+        "idle": idle,
+        "busy": busy,
+        "web_process_bytes": memory,
+        "met": {
+            "tab": busy["all_tabs_ms"]["p95"] <= TAB,
+            "refresh": busy["refresh_ms"]["p95"] <= REFRESH,
+            "refresh_bytes": busy["refresh_bytes"]["p95"] <= REFRESH_BYTES,
+            "memory": memory <= MEMORY,
+        },
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    idle, busy = report["idle"], report["busy"]
+    print(f"{report['past_runs']} past runs, one of {report['steps']:,} steps; {report['cores']} cores, all training")
+    print(f"{'':34}{'idle':>10}{'training':>10}{'ratio':>8}{'limit':>9}")
+
+    def line(label: str, quiet: float, loaded: float, limit: float | None, unit: str) -> None:
+        bound = "" if limit is None else f"{limit:,.0f} {unit}"
+        print(f"{label:34}{quiet:>10,.0f}{loaded:>10,.0f}{loaded / quiet:>8.2f}{bound:>9}")
+
+    for name in TABS:
+        line(f"open the tab {name}, p95 ms", idle["tab_ms"][name]["p95"], busy["tab_ms"][name]["p95"], None, "ms")
+    line("open any tab, p95 ms", idle["all_tabs_ms"]["p95"], busy["all_tabs_ms"]["p95"], TAB, "ms")
+    line("plot refresh, median ms", idle["refresh_ms"]["median"], busy["refresh_ms"]["median"], None, "ms")
+    line("plot refresh, p95 ms", idle["refresh_ms"]["p95"], busy["refresh_ms"]["p95"], REFRESH, "ms")
+    size = idle["refresh_bytes"]["p95"] / 1000, busy["refresh_bytes"]["p95"] / 1000
+    line("plot refresh, p95 kB", *size, REFRESH_BYTES / 1000, "kB")
+    print(f"web process, at most: {report['web_process_bytes'] / 1e6:.0f} MB (limit {MEMORY / 1e6:.0f})")
+    missed = [name for name, met in report["met"].items() if not met]
+    print("every limit met" if not missed else f"missed: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()

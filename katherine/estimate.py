@@ -1,0 +1,603 @@
+"""What a pipeline will take before it is started: steps, seconds, GPU memory, disk and dollars, on this machine and on
+the kinds of GPU that have a price; and, once it ran, how that compared. The yardstick's figures, corrected by finished
+runs on the same kind of GPU. Where neither says anything, there is no figure."""
+
+import functools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from katherine import corpus, disk, experience, export, gguf, hardware, prices, recipe, runs, shapes, units, yardstick
+from katherine.checkpoints import KEEP
+from katherine.drafts import Draft
+from katherine.errors import KatherineError
+from katherine.experience import Sample
+from katherine.hardware import SHEETS
+from katherine.prices import Price
+from katherine.recipe import DpoRecipe, ExportRecipe, ProbeRecipe, Recipe, SftRecipe
+from katherine.runs import Run, State
+from katherine.settings import Home
+from katherine.shapes import Shape
+from katherine.yardstick import GIB, Counts, Figure, total
+
+FILE = "estimate.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """kind: of GPU, as prices name it, "" without one. gpu_memory: bytes. cores: None where it is not this machine, and
+    the number is the provider's to say."""
+
+    kind: str
+    here: bool
+    gpu_memory: float | None
+    cores: int | None
+    price: Price | None
+
+    @property
+    def name(self) -> str:
+        kind = self.kind or f"{self.cores} cores, no GPU"
+        return f"{kind} (this machine)" if self.here else kind
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage on one machine. parts: seconds of what it does, in order. missing: the parts without a figure. memory:
+    GiB on the GPU, or of the process without one. learned: finished runs that the figures come from."""
+
+    kind: str
+    parts: dict[str, Figure] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    memory: Figure | None = None
+    learned: int = 0
+
+    @property
+    def seconds(self) -> Figure | None:
+        """Of the parts that are known; None where none is."""
+        return total(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A pipeline on one machine. missing: what no figure covers, as "export: merge"; the sums are then at least."""
+
+    machine: Machine
+    stages: dict[str, Stage]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds(self) -> Figure | None:
+        """Of all stages; None where a training has no figure, since what is left would say little."""
+        if any("steps" in stage.missing for stage in self.stages.values()):
+            return None
+        return total(stage.seconds for stage in self.stages.values())
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(f"{stage.kind}: {part}" for stage in self.stages.values() for part in stage.missing)
+
+    @property
+    def memory(self) -> Figure | None:
+        """That of the stage which needs most, since one runs at a time."""
+        known = [stage.memory for stage in self.stages.values() if stage.memory]
+        return max(known, key=lambda figure: figure.value) if known else None
+
+    @property
+    def memory_of(self) -> str:
+        """The kind of the stage that needs most; "" where none is known."""
+        known = [stage for stage in self.stages.values() if stage.memory]
+        return max(known, key=lambda stage: stage.memory.value).kind if known else ""  # type: ignore[union-attr]
+
+    @property
+    def dollars(self) -> Figure | None:
+        if self.machine.price is None or self.seconds is None:
+            return None
+        price = self.machine.price
+        said = f"${price.dollars:,.2f} an hour, {f'of {price.dated}' if price.dated else price.source}"
+        return replace(self.seconds.times(price.dollars / 3600), basis=said)
+
+    @property
+    def learned(self) -> int:
+        return sum(stage.learned for stage in self.stages.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """Bytes. needed: at the fullest moment, beyond what is there now. kept: what stays. parts: what needs it. free: on
+    the home's disk. quota_known: false on a network volume, whose figure is not of what was rented."""
+
+    needed: int
+    kept: int
+    parts: tuple[tuple[str, int], ...]
+    free: int
+    quota_known: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a draft will take. steps: by kind of training; None without a dataset. explained: a sentence a training.
+    remarks: what a person should know and no figure says."""
+
+    steps: dict[str, int | None]
+    explained: tuple[str, ...]
+    disk: Disk | None
+    estimates: tuple[Estimate, ...]
+    remarks: tuple[str, ...]
+
+
+# ---------------------------------------------------------------------------------------------------- before
+
+
+def machines(home: Home) -> list[Machine]:
+    """This machine, then every kind of GPU that has a price. Raises DataError for a damaged price list."""
+    here = hardware.here()
+    kind = prices.kind(here.gpu)
+    memory = here.gpu_memory if kind else None
+    found = [Machine(kind, True, memory, here.cores, prices.hourly(home, here.gpu))]
+    for name, price in prices.listed(home).items():
+        if name != kind:
+            sheet = SHEETS.get(name)
+            found.append(Machine(name, False, sheet.memory if sheet else None, None, price))
+    return found
+
+
+def plan(home: Home, draft: Draft) -> Plan:
+    """What the draft's stages will take, here and on each kind of GPU with a price. Raises DataError for a damaged
+    price list."""
+    made = {kind: draft.recipe(kind) for kind in draft.stages}
+    remarks = []
+    report = None
+    if draft.dataset is None:
+        remarks.append("No dataset is chosen: steps, time and dollars depend on it.")
+    else:
+        try:
+            report = counted(home, draft.dataset)
+        except KatherineError as error:
+            remarks.append(str(error))
+    counts = Counts(report)
+    steps: dict[str, int | None] = {}
+    explained = []
+    for kind, each in made.items():
+        if isinstance(each, SftRecipe | DpoRecipe):
+            count = counts.examples(each)
+            steps[kind] = None if count is None else each.steps(count)
+            if count is not None:
+                explained.append(f"{kind.upper()}: {each.steps_explained(count)}")
+            if report is not None and not counts.lengths(kind)[1] and count:
+                remarks.append(f"{kind}: the dataset's tokens were not counted; the k0 corpus' lengths are assumed.")
+    base = _base(made)
+    shape = shapes.of(home, base) if base else None
+    if base and shape is None:
+        remarks.append(f"Nothing is known of the base {base} before it is fetched: no time, memory or disk for it.")
+    past = experience.samples(home)
+    return Plan(
+        steps,
+        tuple(explained),
+        _disk(home, made, shape) if shape else None,
+        tuple(_estimate(home, machine, made, counts, shape, past) for machine in machines(home)),
+        tuple(remarks),
+    )
+
+
+def _base(made: Mapping[str, Recipe]) -> str | None:
+    sft = made.get("sft")
+    return sft.base if isinstance(sft, SftRecipe) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _counted(path: Path, changed: int) -> dict[str, Any]:
+    report = corpus.load(Home(path.parent.parent), path.name).report
+    # The problems may be a million, and nothing here asks for them.
+    return {name: report[name] for name in ("sft", "dpo", "tokens")}
+
+
+def counted(home: Home, dataset: str) -> dict[str, Any]:
+    """The counts of a dataset's report: sft, dpo and tokens. Raises NotFound, DataError."""
+    path = home.datasets / dataset
+    try:
+        changed = (path / "report.json").stat().st_mtime_ns
+    except OSError:
+        changed = 0
+    return _counted(path, changed)
+
+
+def _estimate(
+    home: Home,
+    machine: Machine,
+    made: Mapping[str, Recipe],
+    counts: Counts,
+    shape: Shape | None,
+    past: Sequence[Sample],
+    only: str | None = None,
+) -> Estimate:
+    stages: dict[str, Stage] = {}
+    for kind in made:
+        if only in (None, kind):
+            alike = [s for s in past if s.kind == kind and _alike(machine, made, s)]
+            stages[kind] = _stage(home, kind, machine, made, counts, shape, alike)
+    found = Estimate(machine, stages, ())
+    return replace(found, warnings=tuple(_warnings(found, made)))
+
+
+def _warnings(found: Estimate, made: Mapping[str, Recipe]) -> Iterator[str]:
+    sft = made.get("sft")
+    if not found.machine.kind and isinstance(sft, SftRecipe) and sft.load_in_4bit:
+        yield "Loading in 4 bit needs an NVIDIA GPU, and this machine has none: turn it off, or rent one."
+    memory, card = found.memory, found.machine.gpu_memory
+    if memory is None or card is None or not found.machine.kind:
+        return
+    room = card / GIB
+    needs = f"{found.memory_of} needs about {memory.value:.1f} GiB and {found.machine.kind} has {room:.0f}"
+    if memory.value > room:
+        yield f"It does not fit: {needs}. Lower the batch size, or load in 4 bit."
+    elif memory.high > room:
+        yield f"It may not fit: {needs}."
+
+
+def _alike(machine: Machine, made: Mapping[str, Recipe], sample: Sample) -> bool:
+    """Whether a finished run teaches anything about this one: the same kind of GPU, the same base, as loaded."""
+    mine, theirs = made.get("sft"), sample.recipes.get("sft")
+    if not isinstance(mine, SftRecipe) or not isinstance(theirs, SftRecipe):
+        return False
+    return (
+        prices.kind(sample.hardware.gpu) == machine.kind
+        and mine.base == theirs.base
+        and mine.load_in_4bit == theirs.load_in_4bit
+    )
+
+
+def _stage(
+    home: Home,
+    kind: str,
+    machine: Machine,
+    made: Mapping[str, Recipe],
+    counts: Counts,
+    shape: Shape | None,
+    alike: Sequence[Sample],
+) -> Stage:
+    each = made[kind]
+    if isinstance(each, SftRecipe | DpoRecipe):
+        return _training(home, machine, made, each, counts, shape, alike)
+    if isinstance(each, ExportRecipe):
+        return _exporting(machine, each, shape, alike)
+    assert isinstance(each, ProbeRecipe)
+    return _probing(machine, made, each, shape, alike)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def _training(
+    home: Home,
+    machine: Machine,
+    made: Mapping[str, Recipe],
+    each: SftRecipe | DpoRecipe,
+    counts: Counts,
+    shape: Shape | None,
+    alike: Sequence[Sample],
+) -> Stage:
+    memory = _learned_memory(home, machine, made, each, counts, shape, alike)
+    count = counts.examples(each)
+    if not count:
+        return Stage(each.kind, memory=memory, missing=("steps",))
+    parts: dict[str, Figure] = {}
+    missing = []
+    micro_batches = math.ceil(each.trained_on(count) / each.per_device_batch_size) * each.num_train_epochs
+    micro = yardstick.micro_batch(machine.kind, machine.cores, made, each, counts, shape)
+    learned = [s for s in alike if s.setup is not None and s.step is not None]
+    if learned:
+        parts["load and first step"] = _seen([(s.setup or 0.0, s) for s in learned], machine)
+    else:
+        before = yardstick.before_first_step(machine.kind, each, shape, machine.here and _compiled(home))
+        parts |= before
+        if not before:
+            missing.append("load")
+    ratios = [(ratio, s) for s in learned if (ratio := _ratio(home, s)) is not None]
+    if micro and ratios:
+        seen = _seen(ratios, machine)
+        parts["steps"] = replace(
+            Figure(micro.value * seen.value, micro.value * seen.low, micro.value * seen.high, seen.basis).times(
+                micro_batches
+            )
+        )
+    elif learned and not micro:
+        # Nothing is known of this card but that it made such steps: so many more tokens take so much longer.
+        per_token = [(s.step or 0.0) / tokens for s in learned if (tokens := _tokens_a_step(home, s))]
+        if per_token:
+            seen = _seen(list(zip(per_token, learned, strict=False)), machine)
+            parts["steps"] = seen.times(yardstick.padded_tokens(counts, each) * micro_batches)
+    elif micro:
+        parts["steps"] = micro.times(micro_batches)
+    if "steps" not in parts:
+        missing.append("steps")
+    if learned:
+        parts["save"] = _seen([(s.after, s) for s in learned], machine)
+    return Stage(each.kind, parts, tuple(missing), memory, len(learned))
+
+
+def _compiled(home: Home) -> bool:
+    """Whether kernels lie in the cache: of this kind of card, unless the volume has moved between kinds."""
+    return any((home.cache / "kernels").glob("*/triton/*"))
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+
+
+def _seen(found: Sequence[tuple[float, Sample]], machine: Machine) -> Figure:
+    """The mean of what was seen, newest first, each run weighing half of the one after it: caches fill, libraries
+    change. Its range is what was seen, and a tenth more."""
+    weights = [0.5**age for age in range(len(found))]
+    value = sum(weight * seen for weight, (seen, _) in zip(weights, found, strict=True)) / sum(weights)
+    each = [seen for seen, _ in found]
+    where = "this kind of GPU" if machine.kind else "a machine without a GPU"
+    count = f"{len(found)} run{'s' if len(found) > 1 else ''}"
+    return Figure(value, min(each) * 0.9, max(each) * 1.1, f"from {count} on {where}")
+
+
+def _sample_counts(home: Home, sample: Sample) -> Counts:
+    try:
+        return Counts(counted(home, sample.dataset) if sample.dataset else None)
+    except KatherineError:
+        return Counts(None)  # the dataset is gone; its lengths are then taken as the k0 corpus'
+
+
+def _trained(sample: Sample) -> SftRecipe | DpoRecipe:
+    made = sample.recipes[sample.kind]
+    assert isinstance(made, SftRecipe | DpoRecipe)
+    return made
+
+
+def _ratio(home: Home, sample: Sample) -> float | None:
+    """How a run's steps compare with what would have been said of them: a run with other batches teaches too."""
+    made = _trained(sample)
+    sft = sample.recipes.get("sft")
+    shape = shapes.of(home, sft.base) if isinstance(sft, SftRecipe) else None
+    machine = sample.hardware
+    said = yardstick.micro_batch(
+        prices.kind(machine.gpu), machine.cores, sample.recipes, made, _sample_counts(home, sample), shape
+    )
+    if said is None or sample.step is None:
+        return None
+    return sample.step / (said.value * made.gradient_accumulation_steps)
+
+
+def _tokens_a_step(home: Home, sample: Sample) -> float:
+    made = _trained(sample)
+    return yardstick.padded_tokens(_sample_counts(home, sample), made) * made.gradient_accumulation_steps
+
+
+def _learned_memory(
+    home: Home,
+    machine: Machine,
+    made: Mapping[str, Recipe],
+    each: SftRecipe | DpoRecipe,
+    counts: Counts,
+    shape: Shape | None,
+    alike: Sequence[Sample],
+) -> Figure | None:
+    """What is added up, corrected by what such runs needed beyond it."""
+    added = yardstick.memory(machine.kind, made, each, counts, shape)
+    beyond = []
+    for sample in alike:
+        said = yardstick.memory(machine.kind, sample.recipes, _trained(sample), _sample_counts(home, sample), shape)
+        if said is not None and sample.memory is not None:
+            beyond.append((sample.memory - said.value, sample))
+    if added is None or not beyond:
+        return added
+    seen = _seen(beyond, machine)
+    value = added.value + seen.value
+    low, high = (added.value + bound for bound in (min(b for b, _ in beyond), max(b for b, _ in beyond)))
+    parts = added.basis.partition(";")[0]
+    return Figure(value, low * 0.95, high * 1.05, f"{parts}; {seen.basis}" if machine.kind else seen.basis)
+
+
+# ---------------------------------------------------------------------------------------------------- after training
+
+
+def _exporting(machine: Machine, each: ExportRecipe, shape: Shape | None, alike: Sequence[Sample]) -> Stage:
+    memory = None
+    if shape and machine.kind:
+        # The adapter is merged into the 16-bit base, on the card where there is one.
+        value = shape.parameters * 2 / GIB
+        memory = Figure(value, value, value * 1.25, "the 16-bit base, to merge the adapter into")
+    names = ["merge", "convert", "measure", f"check {gguf.UNQUANTISED}"]
+    names += [f"{work} {quant}" for quant in each.quants for work in ("quantise", "check")]
+    learned = [s for s in alike if s.parts]
+    parts: dict[str, Figure] = {}
+    if learned:
+        for name in names:
+            seen = [(spent * _slower(s, machine), s) for s in learned if (spent := _spent(s.parts, name)) is not None]
+            if seen:
+                parts[name] = _seen(seen, machine)
+        missing = tuple(name for name in names if name not in parts)
+        overhead = [(max(s.seconds - sum(s.parts.values()), 0.0), s) for s in learned]
+        return Stage(each.kind, parts | {"start": _seen(overhead, machine)}, missing, memory, len(learned))
+    if shape is None:
+        return Stage(each.kind, missing=("all of it",))
+    return Stage(each.kind, yardstick.exporting(machine.cores, each, shape), (), memory)
+
+
+def _spent(parts: Mapping[str, float], name: str) -> float | None:
+    """Seconds of a part; a type that was not made is taken to take as long as those that were."""
+    if name in parts:
+        return parts[name]
+    work = name.partition(" ")[0]
+    alike = [spent for other, spent in parts.items() if other.startswith(f"{work} ") and gguf.UNQUANTISED not in other]
+    return statistics.mean(alike) if alike else None
+
+
+def _slower(sample: Sample, machine: Machine) -> float:
+    """Converting, quantising and checking are shared among the cores."""
+    return sample.hardware.cores / machine.cores if machine.cores else 1.0
+
+
+def _probing(
+    machine: Machine,
+    made: Mapping[str, Recipe],
+    each: ProbeRecipe,
+    shape: Shape | None,
+    alike: Sequence[Sample],
+) -> Stage:
+    """By the models that are asked: the files, and with `stages` the base, the SFT and the DPO model."""
+    asked = _asked(made, each)
+    seen = [(s.seconds / models, s) for s in alike if (models := _asked(s.recipes, s.recipes["probe"]))]
+    if asked and seen:
+        return Stage(each.kind, {"ask": _seen(seen, machine).times(asked)}, learned=len(seen))
+    said = yardstick.asking(machine.kind, machine.cores, shape)
+    if asked and said:
+        return Stage(each.kind, {"ask": said.times(asked)})
+    return Stage(each.kind, missing=("ask",))
+
+
+def _asked(made: Mapping[str, Recipe], each: Recipe) -> int:
+    exported = made.get("export")
+    files = len(exported.quants) + exported.keep_unquantised if isinstance(exported, ExportRecipe) else 0
+    return files + (1 + sum(kind in made for kind in ("sft", "dpo")) if getattr(each, "stages", False) else 0)
+
+
+# ---------------------------------------------------------------------------------------------------- disk
+
+
+def _disk(home: Home, made: Mapping[str, Recipe], shape: Shape) -> Disk:
+    """Checkpoints and adapters of each training, which stay, and the export at its fullest, as export reckons it."""
+    sft = made["sft"]
+    assert isinstance(sft, SftRecipe)
+    parts: list[tuple[str, int]] = []
+    if not shapes.fetched(home, sft.base):
+        parts.append(("the base", shape.parameters * 2))
+    adapter = shape.adapter(sft.lora_r, sft.target_modules)
+    for kind, each in made.items():
+        if isinstance(each, SftRecipe | DpoRecipe):
+            checkpoint = adapter * (
+                yardstick.WEIGHT + yardstick.MOMENTS[each.optim] + (yardstick.WEIGHT if each.ema_decay else 0)
+            )
+            # One more than are kept, while it is written.
+            held = max(KEEP, each.average_checkpoints) + 1
+            parts.append((f"{kind.upper()} checkpoints and adapter", checkpoint * held + adapter * yardstick.WEIGHT))
+    kept = sum(size for _, size in parts)
+    fullest = 0
+    exported = made.get("export")
+    if isinstance(exported, ExportRecipe):
+        dimensions = export.Shape(shape.parameters, shape.vocabulary, shape.width)
+        fullest = export.fullest(dimensions, exported.quants, exported.check_tokens)
+        parts.append(("the export at its fullest", fullest))
+        files = sum(int(shape.parameters * gguf.nominal_bits(quant, shape.width) / 8) for quant in exported.quants)
+        kept += files + (shape.parameters * 2 if exported.keep_unquantised else 0)
+    room = disk.room(home.root)
+    needed = sum(size for _, size in parts)
+    return Disk(needed, kept, tuple(parts), room.free, room.quota_known)
+
+
+# ---------------------------------------------------------------------------------------------------- afterwards
+
+
+def freeze(home: Home, run: Run) -> None:
+    """Writes what is expected of a run on this machine into its folder, once: a resumed run keeps the first word.
+    A run about which nothing can be said gets none."""
+    if (run.path / FILE).exists() or run.record.kind not in recipe.KINDS:
+        return
+    made = experience.recipes_of(home, run)
+    base = _base(made)
+    shape = shapes.of(home, base) if base else None
+    counts = Counts(counted(home, run.record.dataset) if run.record.dataset else None)
+    here = machines(home)[0]
+    found = _estimate(home, here, made, counts, shape, experience.samples(home), only=run.record.kind)
+    stage = found.stages[run.record.kind]
+    each = made[run.record.kind]
+    count = counts.examples(each) if isinstance(each, SftRecipe | DpoRecipe) else None
+    runs.write_json(
+        run.path / FILE,
+        {
+            "made": runs.now(),
+            "machine": here.name,
+            "hourly": here.price.dollars if here.price else None,
+            "steps": each.steps(count) if count and isinstance(each, SftRecipe | DpoRecipe) else None,
+            "seconds": asdict(stage.seconds) if stage.seconds else None,
+            "missing": list(stage.missing),
+            "memory_gib": asdict(stage.memory) if stage.memory else None,
+            "dollars": asdict(found.dollars) if found.dollars else None,
+        },
+    )
+
+
+def of_run(run: Run) -> dict[str, Any] | None:
+    """What was expected of a run when it began, as freeze wrote it; None where nothing was."""
+    try:
+        found = json.loads((run.path / FILE).read_bytes())
+        return found if isinstance(found, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A line of predicted beside actual, in words; empty where one is not known."""
+
+    what: str
+    predicted: str
+    actual: str
+
+
+def compared(home: Home, run: Run) -> list[Compared]:
+    """Steps, time, memory and dollars of a run: what was said when it began, and what came. While it is under way the
+    actual figures are those so far. Empty for a run of which neither is known."""
+    said = of_run(run) or {}
+    status = run.status()
+    so_far = "" if status.state in runs.ENDED else " so far"
+    seconds = runs.seconds(run)
+    hourly = said.get("hourly")
+    if hourly is None and (machine := hardware.of_run(run)):
+        hourly = machine.hourly
+    memory = experience.memory_gib(run)
+    steps = said.get("steps")
+    made = status.step if steps is not None and status.of else None
+    if status.state is State.succeeded and run.record.kind in ("sft", "dpo"):
+        made = runs.result(run).get("steps")
+    lines = [
+        Compared("steps", "" if steps is None else str(steps), "" if made is None else f"{made}{so_far}"),
+        Compared(
+            "time", _said(said, "seconds", units.duration), f"{units.duration(seconds)}{so_far}" if seconds else ""
+        ),
+        Compared("memory", _said(said, "memory_gib", gib), "" if memory is None else f"{gib(memory)}{so_far}"),
+        Compared(
+            "dollars",
+            _said(said, "dollars", units.dollars),
+            f"{units.dollars(seconds * hourly / 3600)}{so_far}" if hourly is not None and seconds else "",
+        ),
+    ]
+    return [line for line in lines if line.predicted or line.actual]
+
+
+def _said(frozen: Mapping[str, Any], name: str, form: Callable[[float], str]) -> str:
+    found = frozen.get(name)
+    if not isinstance(found, dict):
+        return ""
+    partial = name != "memory_gib" and bool(frozen.get("missing"))
+    return words(Figure(**found), form, at_least=partial)
+
+
+def words(figure: Figure | None, form: Callable[[float], str], at_least: bool = False) -> str:
+    """ "4 min 10 s (3 min to 6 min)"; with "at least" where parts are missing; empty for None."""
+    if figure is None:
+        return ""
+    value, low, high = form(figure.value), form(figure.low), form(figure.high)
+    said = value if low == value == high else f"{value} ({low} to {high})"
+    return f"at least {said}" if at_least else said
+
+
+def roughly(seconds: float) -> str:
+    """A duration no finer than an estimate is: to 5 s under two minutes, to the minute under two hours."""
+    grain = 1 if seconds < 10 else 5 if seconds < 120 else 60 if seconds < 7200 else 300
+    return units.duration(round(seconds / grain) * grain)
+
+
+def gib(value: float) -> str:
+    return f"{value:.1f} GiB"

@@ -1,0 +1,279 @@
+"""Measured figures, and the arithmetic that moves them to other sizes, batches and cards: seconds of a micro-batch and
+before the first step, GPU memory, the parts of an export. What a whole pipeline takes, and what finished runs correct,
+is estimate's business."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from katherine.hardware import SHEETS
+from katherine.recipe import DpoRecipe, ExportRecipe, Recipe, SftRecipe
+from katherine.shapes import Shape
+
+GIB = 2**30
+
+# --------------------------------------------------------------------------------------------- measured figures
+# One H200 SXM with 16 cores, the 9B's shape, the recipe's lengths, through unsloth. Seconds are (usual, low, high).
+NINE_B = 8_953_803_264
+NINE_B_LAYERS = 32
+_H200 = "measured on one H200 at the 9B's shape"
+# Loading: 46 s through unsloth, 17 to 23 s through plain transformers. A slow volume may take twice as long.
+_LOAD = (46.0, 17.0, 92.0)
+# Until the first step is made: 134 and 163 s with nothing compiled, about three minutes in jobs of ours; 46 s and less
+# where another run has left its kernels. DPO, which finds some of SFT's: 62 s.
+_FIRST = {"sft": (134.0, 46.0, 180.0), "dpo": (62.0, 46.0, 163.0)}
+# A micro-batch, whether of 16 or of 32 rows: the GPU waits for launches, not for arithmetic. SFT: 0.61 s (1.22 a step
+# of two), 0.52 and 0.60 (32 rows at once), 0.83 in jobs of ours (1.66 a step). DPO: 1.18 (2.35 a step of two) and 1.3.
+_LAUNCH = {"sft": (0.72, 0.52, 0.83), "dpo": (1.24, 1.18, 1.30)}
+# Without checkpointing, with fla in unsloth's place: 0.44 (0.88 a step of two) and 0.56 (32 rows at once).
+_LAUNCH_UNCHECKED = (0.50, 0.44, 0.83)
+# Share of the data sheet's FLOP/s that large matrix products reach: 790 of 989 TFLOP/s was measured; half of that is
+# what training with adapters and dequantising may be left with.
+_REACHED = (0.6, 0.8, 0.4)
+# FLOPs by token and weight with frozen weights: 2 forward, 2 backward, 2 to do the forward again with checkpointing.
+_FORWARD, _BACKWARD = 2, 2
+_CONVERT = 83.0  # to a 17.9 GB GGUF
+_QUANTISE = {"q4_k_m": 66.0, "q5_k_m": 52.0, "q6_k": 34.0}  # on 16 cores
+_QUANTISE_CORES = 16
+# Merging and checking were never timed at this size. The first estimate for merge and GGUF together was 16 minutes.
+_EXPORT_FIRST = 960.0
+
+# GiB of a micro-batch's activations by padded token: what 16 rows more cost (10.2 - 9.6 to 10.6 - 9.6 GiB, 3,200
+# tokens), and without checkpointing 57.5 - 9.6 GiB at 16 rows, 107.9 - 10.6 at 32.
+_KEPT_CHECKPOINTED = 0.25 / 1024
+_KEPT = 15.0 / 1024
+# The allocator reserves that much beyond what the parts add up to (9.6 GiB measured, 9.3 added up; 10.8 in our jobs).
+_RESERVED = 0.6
+_MEMORY_RANGE = 0.15
+# bitsandbytes' NF4: 4 bits a weight, and a 32-bit scale for each block of 64.
+NF4_BYTES = 0.5 + 4 / 64
+# Adapter weights are float32 and so are their gradients; adamw keeps two moments, of one byte each in 8 bit.
+WEIGHT, GRADIENT, MOMENTS = 4, 4, {"adamw_8bit": 2, "adamw_torch": 8}
+
+# The demo on two cores: SmolLM2-135M, the sample persona.
+_DEMO = "measured on two cores with the small base"
+SMALL = 134_479_872
+# FLOPs a second and core that the demo's 90 steps of SFT (138 s in all) and 16 of DPO (37 s) come to, at their padded
+# tokens: of a pair, many are a prompt that both rows share, so that less is done than reckoned.
+_CPU_FLOPS = {"sft": 5.7e10, "dpo": 1.1e11}
+# Cores differ by this much either way.
+_CPU_RANGE = 2.0
+_CPU_SETUP = (11.0, 8.0, 40.0)
+_CPU_MEMORY = (3.2, 2.1, 4.0)
+_CPU_CORES = 2
+_CPU_EXPORT = 38.0
+_CPU_PROBE = 62.0 / 6  # base, SFT, DPO and three files
+# A base ten times the measured one is as far as a CPU's figures are carried.
+CPU_LARGEST = 10 * SMALL
+
+# Token lengths of the corpus that the recipe was derived on: for a dataset whose tokens were not counted.
+_K0_LENGTHS = {"p50": 102, "p90": 192, "p99": 246, "max": 280}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A quantity with its honest range, and what it rests on."""
+
+    value: float
+    low: float
+    high: float
+    basis: str = ""
+
+    def __add__(self, other: "Figure") -> "Figure":
+        basis = "; ".join(dict.fromkeys(part for part in (self.basis, other.basis) if part))
+        return Figure(self.value + other.value, self.low + other.low, self.high + other.high, basis)
+
+    def times(self, factor: float) -> "Figure":
+        return Figure(self.value * factor, self.low * factor, self.high * factor, self.basis)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Of a dataset: examples by kind that training will use, and token lengths (p50, p90, p99, max) by kind. assumed:
+    the lengths are not the dataset's own."""
+
+    report: dict[str, Any] | None
+
+    def examples(self, made: SftRecipe | DpoRecipe) -> int | None:
+        return None if self.report is None else examples(self.report, made)
+
+    def lengths(self, kind: str) -> tuple[dict[str, Any], bool]:
+        """Percentiles, and whether they are the dataset's own."""
+        tokens = (self.report or {}).get("tokens") or {}
+        found = (tokens.get("pairs") if kind == "dpo" else tokens) or {}
+        if all(isinstance(found.get(name), int) for name in _K0_LENGTHS):
+            return found, True
+        return _K0_LENGTHS, False
+
+
+def examples(report: dict[str, Any], made: SftRecipe | DpoRecipe) -> int:
+    """How many examples of a dataset training will use, without those counted as too long, where they were counted by
+    its limit. `report` is the dataset's."""
+    counts = report["tokens"] or {"max_length": None}
+    if isinstance(made, DpoRecipe):
+        counts = counts | (counts.get("pairs") or {})
+    too_long = counts["over_max_length"] if counts["max_length"] == made.max_length else 0
+    return (report["sft"]["unique"] if isinstance(made, SftRecipe) else report["dpo"]["used"]) - too_long
+
+
+def padded_tokens(counts: Counts, each: SftRecipe | DpoRecipe) -> float:
+    """Padded tokens of a micro-batch: its rows, each as long as the longest of them is to be expected."""
+    rows = each.per_device_batch_size * (2 if isinstance(each, DpoRecipe) else 1)
+    lengths, _ = counts.lengths(each.kind)
+    return rows * min(_quantile(lengths, rows / (rows + 1)), each.max_length)
+
+
+def _quantile(lengths: Mapping[str, Any], share: float) -> float:
+    """Between the percentiles that are known, in a straight line; half the median at the least."""
+    known = [(0.0, lengths["p50"] / 2), (0.5, lengths["p50"]), (0.9, lengths["p90"]), (0.99, lengths["p99"])]
+    known.append((1.0, lengths["max"]))
+    for (a, low), (b, high) in pairwise(known):
+        if share <= b:
+            return low + (high - low) * (share - a) / (b - a)
+    return lengths["max"]
+
+
+def micro_batch(
+    gpu: str,
+    cores: int | None,
+    made: Mapping[str, Recipe],
+    each: SftRecipe | DpoRecipe,
+    counts: Counts,
+    shape: Shape | None,
+) -> Figure | None:
+    """Seconds of one micro-batch, by measured launches and the arithmetic it cannot be faster than; None for a card
+    without a data sheet here, and for a large base without a card."""
+    if shape is None:
+        return None
+    tokens = padded_tokens(counts, each)
+    dpo = isinstance(each, DpoRecipe)
+    # DPO's reference goes forward once more.
+    work = _FORWARD * (2 if dpo or each.gradient_checkpointing else 1) + _BACKWARD
+    if dpo and each.gradient_checkpointing:
+        work += _FORWARD
+    flops = work * shape.parameters * tokens
+    if not gpu:
+        if shape.parameters > CPU_LARGEST or not cores:
+            return None
+        value = flops / (_CPU_FLOPS[each.kind] * cores)
+        return Figure(value, value / _CPU_RANGE, value * _CPU_RANGE, _DEMO)
+    sheet = SHEETS.get(gpu)
+    if sheet is None:
+        return None
+    launch = _LAUNCH[each.kind] if each.gradient_checkpointing or dpo else _LAUNCH_UNCHECKED
+    layers = shape.layers / NINE_B_LAYERS
+    # Every pass reads all weights; in 4 bit they are also written out in 16, and read again.
+    sft = made.get("sft")
+    four_bit = isinstance(sft, SftRecipe) and sft.load_in_4bit
+    traffic = shape.parameters * ((NF4_BYTES + 4) if four_bit else 2) * (work / 2) / sheet.bandwidth
+    arithmetic = [flops / (sheet.peak * reached) + traffic for reached in _REACHED]
+    seconds = [max(a * layers, b) for a, b in zip(launch, arithmetic, strict=True)]
+    basis = _H200
+    if seconds[0] > launch[0] * layers:
+        basis = f"arithmetic from NVIDIA's data sheet for {gpu}"
+    elif gpu != "H200 SXM":
+        # Launches are the processor's work, and this card's host was never timed.
+        seconds[1] *= 0.8
+        seconds[2] *= 1.5
+        basis = f"{_H200}, where steps wait for launches and not for the card"
+    return _of(seconds, basis)
+
+
+def before_first_step(gpu: str, each: SftRecipe | DpoRecipe, shape: Shape | None, compiled: bool) -> dict[str, Figure]:
+    """Seconds of what comes before the steps, by part; empty where nothing is known. compiled: kernels of an earlier
+    run are at hand."""
+    if shape is None:
+        return {}
+    if not gpu:
+        if shape.parameters > CPU_LARGEST:
+            return {}
+        return {"load and first step": _of(_CPU_SETUP, _DEMO)}
+    if gpu not in SHEETS:
+        return {}
+    size = shape.parameters / NINE_B
+    value, low, high = _FIRST[each.kind]
+    if compiled:
+        value, high = low, value
+    return {
+        # No base loads at once: libraries are imported and the tokens counted first.
+        "load": _of([max(seconds * size, 5.0) for seconds in _LOAD], _H200),
+        "first step": Figure(value, min(low, value), high, _H200),
+    }
+
+
+def memory(
+    gpu: str, made: Mapping[str, Recipe], each: SftRecipe | DpoRecipe, counts: Counts, shape: Shape | None
+) -> Figure | None:
+    """GiB on the GPU, part by part; without one, the process' on the small base."""
+    sft = made.get("sft")
+    if shape is None or not isinstance(sft, SftRecipe):
+        return None
+    if not gpu:
+        return _of(_CPU_MEMORY, _DEMO) if shape.parameters <= CPU_LARGEST else None
+    dpo = isinstance(each, DpoRecipe)
+    linear = shape.parameters - shape.embeddings
+    weights = shape.embeddings * 2 + linear * (NF4_BYTES if sft.load_in_4bit else 2)
+    adapter = shape.adapter(sft.lora_r, sft.target_modules)
+    trained = adapter * (WEIGHT + GRADIENT + MOMENTS[each.optim])
+    if each.ema_decay:
+        trained += adapter * WEIGHT
+    tokens = padded_tokens(counts, each)
+    # Relative to the 9B's 32 layers of width 4096.
+    breadth = shape.layers * shape.width / (NINE_B_LAYERS * 4096)
+    kept = tokens * (_KEPT_CHECKPOINTED if each.gradient_checkpointing else _KEPT) * breadth
+    if dpo:
+        # The reference is a second adapter, and DPO keeps every token's scores over the vocabulary, in float32.
+        trained += adapter * WEIGHT
+        kept += tokens * shape.vocabulary * 4 / GIB
+    total = (weights + trained) / GIB + kept + _RESERVED
+    said = f"weights {weights / GIB:.1f}, adapter and optimiser {trained / GIB:.1f}, batch {kept:.1f} GiB; {_H200}"
+    return Figure(total, total * (1 - _MEMORY_RANGE), total * (1 + _MEMORY_RANGE), said)
+
+
+def exporting(cores: int | None, each: ExportRecipe, shape: Shape) -> dict[str, Figure]:
+    """Seconds of an export's parts. cores: None where the machine is not at hand, which is then taken to have those of
+    the measured one."""
+    files = (1 + len(each.quants)) / 4  # the unquantised one is checked as well; both measured exports made three more
+    if shape.parameters <= CPU_LARGEST:
+        value = _CPU_EXPORT * files * shape.parameters / SMALL * _CPU_CORES / (cores or _CPU_CORES)
+        return {"all of it": Figure(value, value / _CPU_RANGE, value * _CPU_RANGE, _DEMO)}
+    size = shape.parameters / NINE_B
+    faster = _QUANTISE_CORES / (cores or _QUANTISE_CORES)
+    parts = {"convert": _around(_CONVERT, _H200).times(size)}
+    quickest, slowest = min(_QUANTISE.values()), max(_QUANTISE.values())
+    for quant in each.quants:
+        usual = _QUANTISE.get(quant)
+        # A type that was not timed takes as long as one of those that were.
+        said = (
+            _around(usual, _H200) if usual else Figure((quickest + slowest) / 2, quickest * 0.7, slowest * 1.5, _H200)
+        )
+        parts[f"quantise {quant}"] = said.times(size * faster)
+    rest = max(_EXPORT_FIRST - _CONVERT - sum(_QUANTISE.values()), 0.0)
+    unmeasured = Figure(rest / 2, 0.0, rest, "merge and checks never timed at this size: a first estimate halved")
+    return parts | {"merge and checks": unmeasured.times(size * files)}
+
+
+def _around(seconds: float, basis: str) -> Figure:
+    """One measurement: disks and cores differ by about a third one way, and by half the other."""
+    return Figure(seconds, seconds * 0.7, seconds * 1.5, basis)
+
+
+def asking(gpu: str, cores: int | None, shape: Shape | None) -> Figure | None:
+    """Seconds to put a probe set to one model; None where it was never timed: on a GPU, or with a large base."""
+    if gpu or shape is None or shape.parameters > CPU_LARGEST:
+        return None
+    value = _CPU_PROBE * shape.parameters / SMALL * _CPU_CORES / (cores or _CPU_CORES)
+    return Figure(value, value / _CPU_RANGE, value * _CPU_RANGE, _DEMO)
+
+
+def _of(seconds: Sequence[float], basis: str) -> Figure:
+    """From (usual, low, high)."""
+    value, low, high = seconds
+    return Figure(value, low, high, basis)
+
+
+def total(figures: Iterable[Figure | None]) -> Figure | None:
+    """The sum of those that are known; None where none is."""
+    known = [figure for figure in figures if figure is not None]
+    return sum(known[1:], known[0]) if known else None

@@ -1,0 +1,34 @@
+"""gr.HTML to derive components from. Gradio writes a .pyi file beside the source of every derived class, at import: not
+wanted in a checkout, nor possible in one that cannot be written to."""
+
+from typing import Any
+
+import gradio as gr
+from gradio import component_meta
+
+
+def _no_stub(*_: Any) -> None:
+    pass
+
+
+component_meta.create_or_modify_pyi = _no_stub  # type: ignore[assignment]
+
+HTML = gr.HTML
+
+
+def when_ready(call: str) -> str:
+    """JavaScript for `js_on_load` that makes the call as soon as static/katherine.js has come: Gradio loads what is in
+    a page's head beside its own scripts, in no certain order."""
+    waited = "new Promise((come) => addEventListener('katherine', come, { once: true }))"
+    return f"(window.katherine ? Promise.resolve() : {waited}).then(() => {{ {call}; }});"
+
+
+class Choice(gr.Dropdown):
+    """A drop-down whose value the handler looks up itself. Gradio's own refuses what it does not remember having
+    offered: a choice made before the server was started again, or before the list moved on, would be an error at
+    every refresh."""
+
+    is_template = True  # drawn as gr.Dropdown is
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload

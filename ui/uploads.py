@@ -1,0 +1,47 @@
+"""The folder in which Gradio keeps uploads, and an empty one to work in, for Gradio may serve what lies in the working
+directory. Both are this process's alone, and gone with it."""
+
+import atexit
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+_PREFIX = "katherine-uploads-"
+
+
+def _make() -> Path:
+    """A new folder, which only this user may enter; it is removed when the process ends. Those whose process was
+    killed are removed now. A process holds a lock on its folder: that tells the living from the dead, and needs no
+    process ids, which come again."""
+    place = Path(tempfile.gettempdir()).resolve()
+    for stale in place.glob(f"{_PREFIX}*"):
+        _remove_if_dead(stale)
+    # Under its real name only once it is locked: until then another process would take it for a dead one's.
+    draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=place))
+    fcntl.flock(os.open(draft, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for name in ("files", "nothing"):
+        (draft / name).mkdir(mode=0o700)
+    folder = draft.rename(place / draft.name.removeprefix("."))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _remove_if_dead(folder: Path) -> None:
+    with suppress(OSError):
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            return
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)
+
+
+# Made once, when this is first imported: before Gradio, which wants to know of it then.
+_OWN = _make()
+FOLDER = _OWN / "files"
+NOTHING = _OWN / "nothing"
