@@ -176,31 +176,41 @@ def _watch(port: int, run: Run, seconds: float) -> dict[str, Any]:
         page.evaluate("katherine.openTab('train')")
         _choose(page, run)
 
-        def finished(request: Any) -> None:
-            if request.method == "POST" and "/gradio_api/" in request.url and (answer := request.response()):
-                body = answer.body()
-                if b"bdata" in body:
-                    timing = request.timing
-                    spent = timing["responseEnd"] - timing["requestStart"]
-                    refreshes.append((spent, len(body), request.sizes()["responseBodySize"]))
-
-        page.on("requestfinished", finished)
-        page.wait_for_timeout(seconds * 1000)
-        page.remove_listener("requestfinished", finished)
+        # Looked at outside of the listener: in it, the driver would wait for itself.
+        finished: list[Any] = []
+        page.on("requestfinished", lambda request: finished.append(request))
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            page.wait_for_timeout(500)
+            while finished:
+                if refresh := _refresh(finished.pop(0)):
+                    refreshes.append(refresh)
         browser.close()
     if len(refreshes) < 5:
         raise SystemExit(f"Only {len(refreshes)} plot refreshes were seen in {seconds:.0f} s.")
     return {"switches": switches, "refreshes": refreshes}
 
 
+def _refresh(request: Any) -> tuple[float, int, int] | None:
+    """(milliseconds, bytes, bytes as sent) of a request that brought figures; None for any other."""
+    if request.method != "POST" or "/gradio_api/" not in request.url or not (answer := request.response()):
+        return None
+    body = answer.body()
+    if b"bdata" not in body:
+        return None
+    timing = request.timing
+    return timing["responseEnd"] - timing["requestStart"], len(body), request.sizes()["responseBodySize"]
+
+
 def _choose(page: Any, run: Run) -> None:
     """The run in the picker of the train tab, and its curve on the screen."""
     picker = page.get_by_label("Run shown")
     picker.click()
-    picker.fill(run.id.rpartition("-")[2])
+    picker.press("Control+a")
+    picker.press_sequentially(run.id.rpartition("-")[2])
     page.get_by_role("option").first.click()
-    page.get_by_text(run.id).first.wait_for()
-    page.locator(".k-plot .main-svg").first.wait_for()
+    page.get_by_text(run.id).locator("visible=true").first.wait_for()
+    page.locator(".k-plot .main-svg").locator("visible=true").first.wait_for()
 
 
 def _high_water(pid: int) -> int:

@@ -10,8 +10,6 @@ import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,12 +19,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from jobs import errands, queue, slot
+from jobs import detached, errands, queue, slot
 from katherine import disk, pod, runs, units
 from katherine.errors import KatherineError, PodError
 from katherine.history import History
 from katherine.runs import State
-from katherine.settings import PROJECT, Home, child_environment
+from katherine.settings import Home
 
 # Time to see it on a telephone and press the button; at the price of an H200, 70 cents.
 MINUTES = 10.0
@@ -241,20 +239,8 @@ def begin(home: Home, after: str) -> bool:
         return False
     with place:
         folder(home).mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "jobs.autostop", "--home", str(home.root.absolute()), "--after", after]
-        with (folder(home) / "log.txt").open("ab") as log:
-            process = subprocess.Popen(
-                [*command, "--place", str(place.fileno())],
-                pass_fds=(place.fileno(),),
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=PROJECT,
-                env=child_environment(pod.KEY, KATHERINE_HOME=str(home.root.absolute())),
-            )
-    # Waited for while we live, so that it does not linger as a zombie; when we die, init does it.
-    threading.Thread(target=process.wait, daemon=True).start()
+        arguments = ["--home", str(home.root.absolute()), "--after", after]
+        detached.start(home, place, "jobs.autostop", arguments, folder(home) / "log.txt", pod.KEY)
     return True
 
 

@@ -5,6 +5,7 @@ runs, which take the GPU in turn, are the queue's.
     KATHERINE_HOME/errands/<id>/   request.json  status.json  result.json  log.txt
 """
 
+import argparse
 import errno
 import json
 import os
@@ -12,25 +13,23 @@ import re
 import secrets
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobs import queue, slot
+from jobs import detached, queue, slot
 from katherine import runs
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import ENDED, State, Status
-from katherine.settings import PROJECT, Home, child_environment
+from katherine.settings import Home
 
 # Ended errands that are kept, newest first: enough to read back a day's mistakes.
 KEPT = 50
@@ -94,13 +93,7 @@ class Errand:
         return self.path / "stop"
 
     def _written(self) -> Status:
-        path = self.path / "status.json"
-        try:
-            raw = json.loads(path.read_bytes())
-            known = {field.name for field in fields(Status)}
-            return Status(**{k: v for k, v in raw.items() if k in known} | {"state": State(raw["state"])})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error}). Remove the errand's folder.") from error
+        return runs.read_status(self.path / "status.json", "Remove the errand's folder.")
 
 
 def start(home: Home, kind: str, request: dict[str, Any], who: str) -> Errand:
@@ -194,29 +187,20 @@ def _place(errand: Errand) -> str:
 
 
 def _spawn(home: Home, errand: Errand) -> None:
-    # The errand's place is taken here and handed to the child: from now on it is held exactly as long as it lives, so
-    # there is no moment at which a live errand could be taken for a dead one, or the other way round.
     place = slot.bind(home, _place(errand))
     assert place is not None, "an id is made once"
-    with place, errand.log.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.errands", str(home.root.absolute()), errand.id, str(place.fileno())],
-            pass_fds=(place.fileno(),),
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            cwd=PROJECT,
-            env=child_environment(
-                *KINDS[errand.kind].secrets,
-                KATHERINE_HOME=str(home.root.absolute()),
-                PYTHONUNBUFFERED="1",
-                # Only the token that is named is used, never one that lies on this machine.
-                HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
-            ),
+    with place:
+        detached.start(
+            home,
+            place,
+            "jobs.errands",
+            ["--home", str(home.root.absolute()), "--errand", errand.id],
+            errand.log,
+            *KINDS[errand.kind].secrets,
+            PYTHONUNBUFFERED="1",
+            # Only the token that is named is used, never one that lies on this machine.
+            HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
         )
-    # Waited for while we live, so that it does not linger as a zombie; when we die, init does it.
-    threading.Thread(target=process.wait, daemon=True).start()
 
 
 def _forget_old(home: Home) -> None:
@@ -361,10 +345,14 @@ def _carry_out(home: Home, errand: Errand) -> int:
 
 
 def main() -> int:
-    root, errand_id, place = sys.argv[1:]
-    os.set_inheritable(int(place), False)
-    home = Home(Path(root))
-    code = _carry_out(home, load(home, errand_id))
+    arguments = argparse.ArgumentParser(description="Carry out one errand; started by start().")
+    arguments.add_argument("--home", type=Path, required=True)
+    arguments.add_argument("--errand", required=True)
+    arguments.add_argument("--place", type=int, required=True, help="descriptor that holds the errand's place")
+    asked = arguments.parse_args()
+    os.set_inheritable(asked.place, False)
+    home = Home(asked.home)
+    code = _carry_out(home, load(home, asked.errand))
     sys.stdout.flush()
     # Without waiting for threads that a library may have left hanging in the network.
     os._exit(code)

@@ -5,9 +5,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jobs import slot
+from jobs import detached, slot
 from katherine import pod, runs
 from katherine.errors import KatherineError, NotFound
 from katherine.runs import ENDED, Run, State, Status
-from katherine.settings import PROJECT, Home, child_environment
+from katherine.settings import Home
 
 # The module whose KINDS say what each kind of run does. It is code's to choose: a run.json names only a kind.
 WORKER = "jobs.worker"
@@ -364,17 +361,5 @@ def _wake(home: Home) -> None:
         if pod.here():
             # For auto-stop, which the supervisor starts; no worker gets it.
             secrets.add(pod.KEY)
-        command = [sys.executable, "-m", "jobs.supervisor", "--home", str(home.root.absolute()), "--worker", WORKER]
-        with (home.root / "supervisor.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*command, "--place", str(place.fileno())],
-                pass_fds=(place.fileno(),),
-                start_new_session=True,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=PROJECT,
-                env=child_environment(*secrets, KATHERINE_HOME=str(home.root.absolute())),
-            )
-    # Waited for while we live, so that it does not linger as a zombie; when we die, init does it.
-    threading.Thread(target=process.wait, daemon=True).start()
+        arguments = ["--home", str(home.root.absolute()), "--worker", WORKER]
+        detached.start(home, place, "jobs.supervisor", arguments, home.root / "supervisor.log", *secrets)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import obstacles, queue
-from katherine import estimate, hardware, runs
+from katherine import hardware, prediction, runs
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import Run
@@ -250,7 +250,7 @@ def _take_down(home: Home, run: Run) -> None:
     """What this machine is, and what the run is expected to take on it, so that later estimates learn from the run."""
     try:
         hardware.take_down(home, run)
-        estimate.freeze(home, run)
+        prediction.freeze(home, run)
     except KatherineError as error:
         print(f"Nothing was predicted of this run: {error}", flush=True)
     except Exception:

@@ -1,17 +1,14 @@
 """What a pipeline will take before it is started: steps, seconds, GPU memory, disk and dollars, on this machine and on
-the kinds of GPU that have a price; and, once it ran, how that compared. The yardstick's figures, corrected by finished
-runs on the same kind of GPU. Where neither says anything, there is no figure."""
+the kinds of GPU that have a price. The yardstick's figures, corrected by finished runs on the same kind of GPU; where
+neither says anything, there is no figure. What is kept of it with a run is prediction's."""
 
-import functools
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from katherine import corpus, disk, experience, export, gguf, hardware, prices, recipe, runs, shapes, units, yardstick
+from katherine import disk, experience, export, gguf, hardware, prices, shapes, shelf, units, yardstick
 from katherine.checkpoints import KEEP
 from katherine.drafts import Draft
 from katherine.errors import KatherineError
@@ -19,12 +16,9 @@ from katherine.experience import Sample
 from katherine.hardware import SHEETS
 from katherine.prices import Price
 from katherine.recipe import DpoRecipe, ExportRecipe, ProbeRecipe, Recipe, SftRecipe
-from katherine.runs import Run, State
 from katherine.settings import Home
 from katherine.shapes import Shape
 from katherine.yardstick import GIB, Counts, Figure, total
-
-FILE = "estimate.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,21 +186,22 @@ def _base(made: Mapping[str, Recipe]) -> str | None:
     return sft.base if isinstance(sft, SftRecipe) else None
 
 
-@functools.lru_cache(maxsize=64)
-def _counted(path: Path, changed: int) -> dict[str, Any]:
-    report = corpus.load(Home(path.parent.parent), path.name).report
-    # The problems may be a million, and nothing here asks for them.
-    return {name: report[name] for name in ("sft", "dpo", "tokens")}
+def alone(home: Home, kind: str, made: Mapping[str, Recipe], dataset: str | None) -> tuple[Estimate, int | None]:
+    """One stage on this machine, and how many optimiser steps it makes, None where it makes none or nobody knows. made:
+    its recipe and those of the stages it builds on, by kind. Raises NotFound or DataError for the dataset, DataError
+    for a damaged price list."""
+    base = _base(made)
+    counts = Counts(counted(home, dataset) if dataset else None)
+    shape = shapes.of(home, base) if base else None
+    found = _estimate(home, machines(home)[0], made, counts, shape, experience.samples(home), only=kind)
+    each = made[kind]
+    count = counts.examples(each) if isinstance(each, SftRecipe | DpoRecipe) else None
+    return found, each.steps(count) if count and isinstance(each, SftRecipe | DpoRecipe) else None
 
 
 def counted(home: Home, dataset: str) -> dict[str, Any]:
-    """The counts of a dataset's report: sft, dpo and tokens. Raises NotFound, DataError."""
-    path = home.datasets / dataset
-    try:
-        changed = (path / "report.json").stat().st_mtime_ns
-    except OSError:
-        changed = 0
-    return _counted(path, changed)
+    """A dataset's report without its problems, which may be a million. Raises NotFound, DataError."""
+    return shelf.summary(home, dataset).report
 
 
 def _estimate(
@@ -489,99 +484,14 @@ def _disk(home: Home, made: Mapping[str, Recipe], shape: Shape) -> Disk:
         dimensions = export.Shape(shape.parameters, shape.vocabulary, shape.width)
         fullest = export.fullest(dimensions, exported.quants, exported.check_tokens)
         parts.append(("the export at its fullest", fullest))
-        files = sum(int(shape.parameters * gguf.nominal_bits(quant, shape.width) / 8) for quant in exported.quants)
+        files = sum(gguf.nominal_bytes(shape.parameters, quant, shape.width) for quant in exported.quants)
         kept += files + (shape.parameters * 2 if exported.keep_unquantised else 0)
     room = disk.room(home.root)
     needed = sum(size for _, size in parts)
     return Disk(needed, kept, tuple(parts), room.free, room.quota_known)
 
 
-# ---------------------------------------------------------------------------------------------------- afterwards
-
-
-def freeze(home: Home, run: Run) -> None:
-    """Writes what is expected of a run on this machine into its folder, once: a resumed run keeps the first word.
-    A run about which nothing can be said gets none."""
-    if (run.path / FILE).exists() or run.record.kind not in recipe.KINDS:
-        return
-    made = experience.recipes_of(home, run)
-    base = _base(made)
-    shape = shapes.of(home, base) if base else None
-    counts = Counts(counted(home, run.record.dataset) if run.record.dataset else None)
-    here = machines(home)[0]
-    found = _estimate(home, here, made, counts, shape, experience.samples(home), only=run.record.kind)
-    stage = found.stages[run.record.kind]
-    each = made[run.record.kind]
-    count = counts.examples(each) if isinstance(each, SftRecipe | DpoRecipe) else None
-    runs.write_json(
-        run.path / FILE,
-        {
-            "made": runs.now(),
-            "machine": here.name,
-            "hourly": here.price.dollars if here.price else None,
-            "steps": each.steps(count) if count and isinstance(each, SftRecipe | DpoRecipe) else None,
-            "seconds": asdict(stage.seconds) if stage.seconds else None,
-            "missing": list(stage.missing),
-            "memory_gib": asdict(stage.memory) if stage.memory else None,
-            "dollars": asdict(found.dollars) if found.dollars else None,
-        },
-    )
-
-
-def of_run(run: Run) -> dict[str, Any] | None:
-    """What was expected of a run when it began, as freeze wrote it; None where nothing was."""
-    try:
-        found = json.loads((run.path / FILE).read_bytes())
-        return found if isinstance(found, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """A line of predicted beside actual, in words; empty where one is not known."""
-
-    what: str
-    predicted: str
-    actual: str
-
-
-def compared(home: Home, run: Run) -> list[Compared]:
-    """Steps, time, memory and dollars of a run: what was said when it began, and what came. While it is under way the
-    actual figures are those so far. Empty for a run of which neither is known."""
-    said = of_run(run) or {}
-    status = run.status()
-    so_far = "" if status.state in runs.ENDED else " so far"
-    seconds = runs.seconds(run)
-    hourly = said.get("hourly")
-    if hourly is None and (machine := hardware.of_run(run)):
-        hourly = machine.hourly
-    memory = experience.memory_gib(run)
-    steps = said.get("steps")
-    made = status.step if steps is not None and status.of else None
-    if status.state is State.succeeded and run.record.kind in ("sft", "dpo"):
-        made = runs.result(run).get("steps")
-    lines = [
-        Compared("steps", "" if steps is None else str(steps), "" if made is None else f"{made}{so_far}"),
-        Compared(
-            "time", _said(said, "seconds", units.duration), f"{units.duration(seconds)}{so_far}" if seconds else ""
-        ),
-        Compared("memory", _said(said, "memory_gib", gib), "" if memory is None else f"{gib(memory)}{so_far}"),
-        Compared(
-            "dollars",
-            _said(said, "dollars", units.dollars),
-            f"{units.dollars(seconds * hourly / 3600)}{so_far}" if hourly is not None and seconds else "",
-        ),
-    ]
-    return [line for line in lines if line.predicted or line.actual]
-
-
-def _said(frozen: Mapping[str, Any], name: str, form: Callable[[float], str]) -> str:
-    found = frozen.get(name)
-    if not isinstance(found, dict):
-        return ""
-    partial = name != "memory_gib" and bool(frozen.get("missing"))
-    return words(Figure(**found), form, at_least=partial)
+# ---------------------------------------------------------------------------------------------------- in words
 
 
 def words(figure: Figure | None, form: Callable[[float], str], at_least: bool = False) -> str:

@@ -1,10 +1,8 @@
 """What finished runs measured: how long until the first step, a step, the parts of an export, the memory; each with the
 machine it was on. Reading it costs little: the ends of a log, once a run. What follows from it is estimate's."""
 
-import json
 import os
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +17,6 @@ from katherine.settings import Home
 
 # Enough to learn from, and few enough to read from a slow volume while somebody waits.
 NEWEST = 60
-# A row is about 300 bytes: some two hundred at either end of a log.
-END_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +73,7 @@ def recipes_of(home: Home, run: Run) -> dict[str, Recipe]:
 
 def memory_gib(run: Run) -> float | None:
     """The most memory that training needed so far, as its log says."""
-    for row in reversed(_rows(run.path / "metrics.jsonl", from_end=True)):
+    for row in reversed(run.last_metrics()):
         if isinstance(value := row.get("memory_gib"), int | float):
             return float(value)
     return None
@@ -125,9 +121,8 @@ def _measured(run: Run, status: Status) -> dict[str, Any]:
         return {"parts": {name: float(spent) for name, spent in runs.result(run)["seconds"].items()}}
     if run.record.kind not in ("sft", "dpo"):
         return {}
-    path = run.path / "metrics.jsonl"
-    first = next((row for row in _rows(path) if "loss" in row), None)
-    last = [row for row in _rows(path, from_end=True) if "loss" in row]
+    first = next((row for row in run.first_metrics() if "loss" in row), None)
+    last = [row for row in run.last_metrics() if "loss" in row]
     if first is None or not last or not status.started or not status.ended:
         return {}
     made = last[-1]["step"] - first["step"]
@@ -142,26 +137,3 @@ def _measured(run: Run, status: Status) -> dict[str, Any]:
 
 def _between(begun: str, ended: str) -> float:
     return (datetime.fromisoformat(ended) - datetime.fromisoformat(begun)).total_seconds()
-
-
-def _rows(path: Path, from_end: bool = False) -> list[dict[str, Any]]:
-    """Whole rows at one end of a log."""
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            start = max(size - END_BYTES, 0) if from_end else 0
-            file.seek(start)
-            lines = file.read(END_BYTES).split(b"\n")
-    except FileNotFoundError:
-        return []
-    return list(_parsed(lines[1:] if start else lines))
-
-
-def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            yield row

@@ -234,7 +234,7 @@ def fullest(shape: Shape, quants: Sequence[str], rows: int) -> int:
     """Bytes of disk at the export's fullest: either while converting (merged checkpoint and 16-bit GGUF), or while
     checking (16-bit GGUF, all quants, and `rows` of the reference's log-probabilities)."""
     sixteen = shape.parameters * 2
-    small = sum(shape.parameters * gguf.nominal_bits(name, shape.width) / 8 for name in quants)
+    small = sum(gguf.nominal_bytes(shape.parameters, name, shape.width) for name in quants)
     return int(max(2 * sixteen, sixteen + small + rows * shape.vocabulary * 4) * _MARGIN)
 
 

@@ -70,6 +70,11 @@ def nominal_bits(name: str, width: int) -> float:
     return bits if width % 256 == 0 else max(bits, 8.5)
 
 
+def nominal_bytes(parameters: int, name: str, width: int) -> int:
+    """Bytes of a file of that type, to reckon with before it is made."""
+    return int(parameters * nominal_bits(name, width) / 8)
+
+
 def converter(home: Home) -> Path:
     """llama.cpp's converter of exactly the version of the runtime. Raises SetupError where it is missing."""
     try:

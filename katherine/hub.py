@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from katherine import disk
 from katherine.errors import DataError, DiskError, NotFound, SetupError
 from katherine.progress import Progress, Stopped
 from katherine.settings import Home, secret
@@ -334,11 +335,10 @@ def _folder_name(place: Place) -> str:
 
 
 def _check_room(home: Home, size: int) -> None:
-    there = next(parent for parent in (home.inbox, *home.inbox.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = disk.room(home.inbox).free
     if free < size:
         raise DiskError(
-            f"{there} has {free / 1e9:.1f} GB free, and these files need {size / 1e9:.1f} GB. "
+            f"{home.inbox} has {free / 1e9:.1f} GB free, and these files need {size / 1e9:.1f} GB. "
             "Make room there, or point KATHERINE_HOME elsewhere."
         )
 

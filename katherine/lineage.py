@@ -1,15 +1,12 @@
 """Where a run comes from, down to the dataset and its files, and what was made of it: nodes and edges as data. Drawing
 them is a page's business; what each run is belongs to runs and history."""
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
-import msgspec
-
+from katherine import shelf
+from katherine.errors import DataError, NotFound
 from katherine.history import History, Seen
 from katherine.runs import RunRecord
 from katherine.settings import Home
@@ -151,36 +148,21 @@ def _run(history: History, seen: Seen) -> Node:
     return Node(seen.id, seen.kind, seen.id, DAMAGED if seen.damage else str(seen.status.state), facts)
 
 
-class _Report(msgspec.Struct):
-    """The little of a dataset's report.json that is wanted here: it may name a million problems."""
-
-    fingerprint: str
-    sft: dict[str, Any]
-    dpo: dict[str, Any]
-    by_file: list[dict[str, Any]]
-
-
 def _dataset(home: Home, record: RunRecord) -> list[Node]:
     """The dataset's files as one node, then the dataset; the dataset alone where it cannot be read."""
     dataset_id = str(record.dataset)
-    path = home.datasets / dataset_id / "report.json"
     node = Node(dataset_id, "dataset", dataset_id)
     try:
-        found = path.stat()
-        report = _report(path, found.st_mtime_ns, found.st_size)
-        facts = (f"{report.sft['unique']:,} examples", f"{report.dpo['used']:,} pairs")
-        names = [f"{entry['file']}, {entry['lines']:,} lines" for entry in report.by_file]
-    except OSError:
+        # Not the report: it may name a million problems.
+        report = shelf.summary(home, dataset_id).report
+        facts = (f"{report['sft']['unique']:,} examples", f"{report['dpo']['used']:,} pairs")
+        names = [f"{entry['file']}, {entry['lines']:,} lines" for entry in report["by_file"]]
+    except NotFound:
         return [replace(node, state=MISSING)]
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError, ValueError, TypeError):
+    except (DataError, KeyError, ValueError, TypeError):
         return [replace(node, state=DAMAGED)]
     asked = record.inputs.get("dataset")
-    state = CHANGED if asked is not None and asked != report.fingerprint else ""
+    state = CHANGED if asked is not None and asked != report["fingerprint"] else ""
     shown = names if len(names) <= _FILES + 1 else [*names[:_FILES], f"and {len(names) - _FILES} more"]
     files = Node(f"files of {dataset_id}", "files", f"{len(names)} {'file' if len(names) == 1 else 'files'}")
     return [replace(files, facts=tuple(shown)), replace(node, state=state, facts=facts)]
-
-
-@functools.lru_cache(maxsize=64)
-def _report(path: Path, changed: int, size: int) -> _Report:
-    return msgspec.json.decode(path.read_bytes(), type=_Report)

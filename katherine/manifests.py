@@ -3,7 +3,6 @@ weigh. Writing a manifest is export's, what may be offered from one is export.of
 
 import functools
 import json
-import shutil
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from katherine import export, gguf, shapes
+from katherine import disk, export, gguf, shapes
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.history import Seen
 from katherine.recipe import ExportRecipe
@@ -118,12 +117,13 @@ def made_before(among: Sequence[Seen], parent: str, recipe: Mapping[str, Any]) -
 @dataclass(frozen=True, slots=True)
 class Room:
     """In bytes. sizes: about what each file will have, by quant; None where the base is not on this machine, so that
-    nothing can be reckoned. fullest: what the export takes while it works. free: on the volume now (a quota may be
-    smaller)."""
+    nothing can be reckoned. fullest: what the export takes while it works. free: on the volume now. quota_known: false
+    on a network volume, whose figure is not of what was rented."""
 
     sizes: dict[str, int] | None
     fullest: int | None
     free: int
+    quota_known: bool
 
     @property
     def is_enough(self) -> bool | None:
@@ -132,15 +132,16 @@ class Room:
 
 def room(home: Home, parent: Run, recipe: ExportRecipe) -> Room:
     """Reckoned from nominal bits a weight and the base's headers, without loading anything."""
-    free = shutil.disk_usage(parent.path).free
+    there = disk.room(parent.path)
     shape = _base(home, parent)
     if shape is None:
-        return Room(None, None, free)
+        return Room(None, None, there.free, there.quota_known)
     sizes = {
-        quant: int(shape.parameters * gguf.nominal_bits(quant, shape.width) / 8)
+        quant: gguf.nominal_bytes(shape.parameters, quant, shape.width)
         for quant in dict.fromkeys((*recipe.quants, *DEFAULT))
     }
-    return Room(sizes, export.fullest(shape, recipe.quants, recipe.check_tokens), free)
+    fullest = export.fullest(shape, recipe.quants, recipe.check_tokens)
+    return Room(sizes, fullest, there.free, there.quota_known)
 
 
 def _base(home: Home, parent: Run) -> export.Shape | None:

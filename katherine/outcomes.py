@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from katherine import hardware, pace
+from katherine import hardware
 from katherine.recipe import KINDS
 from katherine.runs import Run, State, Status
 from katherine.units import size
@@ -112,7 +112,7 @@ def _of_result(result: dict[str, Any]) -> Outcome:
 
 
 def _of_metrics(run: Run) -> Outcome:
-    for row in reversed(pace.tail(run.path / "metrics.jsonl")):
+    for row in reversed(run.last_metrics()):
         if "loss" in row:
             step = row.get("step")
             return Outcome(

@@ -1,21 +1,20 @@
 """How fast a run goes and when its present phase will be done, from the end of its metrics.jsonl and its status. Read
 every two seconds by pages, so never the whole file; what the rows hold is training's affair."""
 
-import json
 import statistics
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from katherine.runs import ENDED, Run, Status
 
-# A row of training is about 300 bytes: the last two hundred of them, in one read from a network volume.
-TAIL_BYTES = 65_536
 # The median of so many steps forgets an evaluation or a checkpoint between two of them, and follows a card that slows
 # down within half a minute at a second or two a step.
 RECENT_STEPS = 20
+# A checkpoint or an evaluation between two steps takes a few of them; what takes this many times the usual step, and at
+# least this long, has probably stalled.
+STALLED_STEPS, STALLED_SECONDS = 10, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +32,20 @@ class Pace:
     seconds_left: float | None = None
     since_step: float | None = None
 
+    @property
+    def stalled(self) -> bool:
+        """Whether the run has made no step for so much longer than usual that somebody should look."""
+        if self.seconds_per_step is None or self.since_step is None:
+            return False
+        return self.since_step > max(STALLED_STEPS * self.seconds_per_step, STALLED_SECONDS)
+
 
 def of(run: Run, status: Status, now: datetime | None = None) -> Pace:
     """The pace of a run that is under way; nothing is known of one that is queued or has ended."""
     if status.state in ENDED or status.started is None or status.pid is None:
         return Pace()
     now = now or datetime.now(UTC)
-    rows = _steps(run.path / "metrics.jsonl", status)
+    rows = _steps(run, status)
     if rows and status.of:
         took = [(b["at"] - a["at"]) / (b["step"] - a["step"]) for a, b in pairwise(rows)]
         rates = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None]
@@ -71,12 +77,12 @@ def _since(iso: str, now: datetime) -> float:
     return max((now - datetime.fromisoformat(iso)).total_seconds(), 0.0)
 
 
-def _steps(metrics: Path, status: Status) -> list[dict[str, Any]]:
+def _steps(run: Run, status: Status) -> list[dict[str, Any]]:
     """The last steps of this attempt and of the present phase, one row a step: step, at (seconds on one clock), time,
     tokens_per_second."""
     found: dict[int, dict[str, Any]] = {}
     begun = status.phase_began or status.started or ""
-    for row in tail(metrics):
+    for row in run.last_metrics():
         try:
             step, time = int(row["step"]), str(row["time"])
             # A resumed run logs the steps after its checkpoint again; an evaluation has a row of its own.
@@ -92,23 +98,3 @@ def _steps(metrics: Path, status: Status) -> list[dict[str, Any]]:
         except (KeyError, TypeError, ValueError):
             continue
     return [found[step] for step in sorted(found)][-RECENT_STEPS - 1 :]
-
-
-def tail(path: Path) -> list[dict[str, Any]]:
-    """The rows in the file's last TAIL_BYTES. One that is torn, at either end, is left out."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(size - TAIL_BYTES, 0))
-            lines = file.read(TAIL_BYTES).split(b"\n")
-    except OSError:
-        return []
-    rows = []
-    for line in lines[1:] if size > TAIL_BYTES else lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -132,7 +132,7 @@ class Renderer:
 
     def render(self, base: str, examples: Sequence[Example], patience: float = 0.3) -> Answer | None:
         """The examples (conversations, or pairs) as `base` renders them, or the small base where its tokenizer cannot
-        be had; None while the tokenizer is still being read after `patience` seconds."""
+        be had; None while its tokenizer, or another base's, is still being read after `patience` seconds."""
         with self._starting:
             thread = self._reading.get(base)
             if thread is None or (not thread.is_alive() and not self._is_up()):
@@ -140,7 +140,7 @@ class Renderer:
                 self._reading[base] = thread
                 thread.start()
         thread.join(patience)
-        return None if thread.is_alive() else self._ask(base, examples)
+        return None if thread.is_alive() else self._ask(base, examples, patience)
 
     def close(self) -> None:
         """End the child; the next request starts another."""
@@ -158,19 +158,25 @@ class Renderer:
     def _is_up(self) -> bool:
         return self.pid is not None
 
-    def _ask(self, base: str, examples: Sequence[Example]) -> Answer:
+    def _ask(self, base: str, examples: Sequence[Example], patience: float = -1) -> Answer | None:
+        """None while the pipes are taken for longer than `patience` seconds; -1 waits however long that is."""
         request = _Request(
             base,
             [each for each in examples if isinstance(each, Conversation)],
             [each for each in examples if isinstance(each, Preference)],
         )
-        with self._asking:
+        # Another base's tokenizer may be on its way from the hub, which takes as long as it takes.
+        if not self._asking.acquire(timeout=patience):
+            return None
+        try:
             for _ in range(2):  # once more where it had just gone to sleep
                 try:
                     return self._exchange(request)
                 except (OSError, msgspec.MsgspecError, TimeoutError) as error:
                     self.close()
                     remark = f"The examples cannot be rendered here ({type(error).__name__}: {error})."
+        finally:
+            self._asking.release()
         return Answer([plain(example) for example in examples], "", remark)
 
     def _exchange(self, request: _Request) -> Answer:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -22,6 +22,9 @@ from katherine.settings import PROJECT, Home
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "datasets", "unsloth", "bitsandbytes", "llama-cpp-python", "gguf",
 )  # fmt: skip
+
+# A row of training is about 300 bytes: two hundred of them, in one read from a network volume.
+END_BYTES = 65_536
 
 
 class State(StrEnum):
@@ -112,13 +115,7 @@ class Run:
 
     def status(self) -> Status:
         """Raises DataError where status.json is missing or damaged."""
-        path = self.path / "status.json"
-        try:
-            raw = json.loads(path.read_bytes())
-            known = {f.name for f in fields(Status)}
-            return Status(**{k: v for k, v in raw.items() if k in known} | {"state": State(raw["state"])})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(f"{path} is damaged ({error}). Restore it or remove the run's folder.") from error
+        return read_status(self.path / "status.json", "Restore it or remove the run's folder.")
 
     def set_status(self, **changes: Any) -> Status:
         status = replace(self.status(), **changes)
@@ -131,13 +128,47 @@ class Run:
         if not path.exists():
             return
         with path.open("rb") as lines:
-            for line in lines:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict):
-                    yield row
+            yield from _rows(lines)
+
+    def first_metrics(self) -> list[dict[str, Any]]:
+        """The rows in the first END_BYTES of the log."""
+        return self._end_of_metrics(False)
+
+    def last_metrics(self) -> list[dict[str, Any]]:
+        """The rows in the last END_BYTES of the log."""
+        return self._end_of_metrics(True)
+
+    def _end_of_metrics(self, last: bool) -> list[dict[str, Any]]:
+        try:
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                begin = max(file.seek(0, 2) - END_BYTES, 0) if last else 0
+                file.seek(begin)
+                lines = file.read(END_BYTES).split(b"\n")
+        except OSError:
+            return []
+        # What begins or ends in the middle is no JSON; but the rest of a row might be, so the first goes anyway.
+        return list(_rows(lines[1:] if begin else lines))
+
+
+def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def read_status(path: Path, remedy: str) -> Status:
+    """A status.json, with what a later version added left out. Raises DataError, ending in the remedy, where it is
+    missing or damaged."""
+    try:
+        raw = json.loads(path.read_bytes())
+        known = {f.name for f in fields(Status)}
+        return Status(**{k: v for k, v in raw.items() if k in known} | {"state": State(raw["state"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({error}). {remedy}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -139,7 +139,8 @@ def serving() -> Iterator[Callable[..., Served]]:
         served.kill()
 
 
-@pytest.fixture(scope="session")
+# A module's, not the session's: Playwright leaves an event loop in its thread, beside which asyncio.run refuses to run.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium, shared: take `browser.new_context()` for cookies of your own, and close it."""
     program, finding = find_chromium()

@@ -33,6 +33,7 @@ GRADIO = [
     ("GET", "/theme.css"),
     ("GET", "/gradio_api/info"),
     ("GET", "/gradio_api/startup-events"),
+    ("GET", "/gradio_api/app_id"),  # how a page finds out that it is connected again
     ("GET", "/gradio_api/heartbeat/stranger"),
     ("GET", "/gradio_api/queue/data?session_hash=stranger"),
     ("GET", "/gradio_api/queue/status"),
@@ -60,7 +61,6 @@ CLOSED = [
     ("GET", "/gradio_api/deep_link?session_hash=x"),
     ("GET", "/gradio_api/token"),
     ("GET", "/gradio_api/user"),
-    ("GET", "/gradio_api/app_id"),
     ("GET", "/gradio_api/runs"),
     ("GET", "/gradio_api/run-history/records"),
     ("GET", "/gradio_api/openapi.json"),

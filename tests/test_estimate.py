@@ -10,9 +10,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from counted import write_dataset
 
 from jobs import queue, slot
-from katherine import estimate, experience, hardware, prices, recipe, runs, shapes, yardstick
+from katherine import estimate, experience, hardware, prediction, prices, recipe, runs, shapes, yardstick
 from katherine.drafts import Draft
 from katherine.errors import DataError
 from katherine.estimate import Machine
@@ -20,7 +21,6 @@ from katherine.hardware import Hardware
 from katherine.runs import Run, State
 from katherine.settings import PROJECT, Home
 
-LENGTHS = {"p50": 102, "p90": 192, "p99": 246, "max": 280, "over_max_length": 0}
 H200 = Hardware("NVIDIA H200", 1, 150_754_820_096, 16, 10**11, 3.99)
 # Ten times what a run takes here on two busy cores.
 PATIENCE = 60.0
@@ -31,14 +31,6 @@ def home(tmp_path: Path) -> Home:
     found = Home(tmp_path / "home")
     write_dataset(found, "k0", 1886, 180)
     return found
-
-
-def write_dataset(home: Home, name: str, sft: int, dpo: int, lengths: dict | None = LENGTHS) -> None:
-    tokens = lengths and {"pairs": lengths} | lengths | {"max_length": 1024, "base": "Qwen/Qwen3.5-9B"}
-    report = {"fingerprint": "f", "sft": {"unique": sft}, "dpo": {"used": dpo}, "tokens": tokens}
-    folder = home.datasets / name
-    folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps(report))
 
 
 def draft(home: Home, preset: str = "k0", dataset: str | None = "k0", **changes: dict) -> Draft:
@@ -336,37 +328,37 @@ def test_a_run_keeps_what_was_said_when_it_began_beside_what_came(home, monkeypa
     monkeypatch.setattr(hardware, "here", lambda home=None: H200)
     run = runs.create(home, "sft", recipe=recipe.SftRecipe().model_dump(mode="json"), who="test", dataset="k0")
     hardware.take_down(home, run)
-    estimate.freeze(home, run)
-    said = estimate.of_run(run)
+    prediction.freeze(home, run)
+    said = prediction.of_run(run)
     assert (said["steps"], said["hourly"]) == (177, 3.99)
     begun = datetime.now(UTC) - timedelta(seconds=500)
     (run.path / "metrics.jsonl").write_text(json.dumps({"step": 177, "loss": 1, "memory_gib": 10.75}) + "\n")
     runs.write_json(run.path / "result.json", {"steps": 177})
     run.set_status(state=State.succeeded, attempt=1, started=begun.isoformat(),
                    ended=(begun + timedelta(seconds=450)).isoformat())  # fmt: skip
-    lines = {line.what: (line.predicted, line.actual) for line in estimate.compared(home, run)}
+    lines = {line.what: (line.predicted, line.actual) for line in prediction.compared(run)}
     assert lines["steps"] == ("177", "177")
     assert lines["time"][0].startswith("7 min") and lines["time"][1] == "7 min 30 s"
     assert lines["memory"][0].startswith("9.9 GiB (") and lines["memory"][1] == "10.8 GiB"
     assert lines["dollars"][1] == "$0.50"
     prices.enter(home, "H200 SXM", 9)
-    estimate.freeze(home, run)
-    assert estimate.of_run(run) == said
+    prediction.freeze(home, run)
+    assert prediction.of_run(run) == said
 
 
 def test_a_run_of_before_has_what_came_and_no_prediction(home):
     run = finished(home, step=1.0)
-    lines = {line.what: (line.predicted, line.actual) for line in estimate.compared(home, run)}
+    lines = {line.what: (line.predicted, line.actual) for line in prediction.compared(run)}
     assert lines["time"] == ("", "1 min 44 s") and lines["memory"] == ("", "10.8 GiB")
     assert lines["dollars"] == ("", "$0.12")
     fresh = runs.create(home, "sft", recipe={}, who="test")
-    assert estimate.compared(home, fresh) == []
+    assert prediction.compared(fresh) == []
 
 
 def test_a_run_that_nothing_is_known_of_is_not_predicted(home):
     run = runs.create(home, "chatter", recipe={"lines": 3}, who="test")
-    estimate.freeze(home, run)
-    assert estimate.of_run(run) is None
+    prediction.freeze(home, run)
+    assert prediction.of_run(run) is None
 
 
 def test_words_hold_the_range_and_say_at_least():
@@ -388,7 +380,7 @@ def test_a_worker_writes_down_its_machine_and_what_is_expected_and_later_estimat
     assert queue.wait(home, run.id, timeout=PATIENCE).state is State.succeeded
     until(lambda: not slot.is_held(home, "supervisor"))
     assert hardware.of_run(run).cores >= 1
-    assert estimate.of_run(run)["steps"] == 1416  # ceil(943 micro-batches / 2) × 3
+    assert prediction.of_run(run)["steps"] == 1416  # ceil(943 micro-batches / 2) × 3
     (sample,) = experience.samples(home)
     assert sample.steps == 60 and sample.memory == 1.5 and sample.setup > 0
     learned = estimate.plan(home, draft(home, "demo")).estimates[0].stages["sft"]

@@ -203,7 +203,8 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(fetch, there, home):
 
 
 def test_too_little_room_is_said_before_anything_comes(fetch, there, home):
-    before = "import collections, shutil; shutil.disk_usage = lambda _: collections.namedtuple('U', 'free')(10)"
+    full = "collections.namedtuple('U', 'total used free')(100, 90, 10)"
+    before = f"import collections, shutil; shutil.disk_usage = lambda _: {full}"
     assert "these files need" in fetch("owner/talk", before=before)["error"]
     assert not [path for path, _, _ in there.asked if "/resolve/" in path]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from counted import write_dataset
 
 from bench.past import write_past
 from katherine import lineage, runs
@@ -31,14 +32,6 @@ def trace(home: Home, run: Run) -> lineage.Lineage:
 
 def kinds(found: lineage.Lineage) -> list[str]:
     return [node.kind for node in found.nodes]
-
-
-def write_report(home: Home, dataset: str, files: int = 1, fingerprint: str = "abc") -> None:
-    folder = home.datasets / dataset
-    folder.mkdir(parents=True, exist_ok=True)
-    by_file = [{"file": f"part_{n}.jsonl", "lines": 1_000 + n} for n in range(files)]
-    report = {"fingerprint": fingerprint, "sft": {"unique": 1886}, "dpo": {"used": 180}, "by_file": by_file}
-    (folder / "report.json").write_text(json.dumps(report))
 
 
 def test_a_whole_line_goes_from_the_files_to_the_probes_whichever_run_is_asked(home):
@@ -90,7 +83,7 @@ def test_a_parent_that_is_gone_and_a_dataset_that_is_gone_are_named_as_missing(h
 
 
 def test_a_dataset_that_changed_or_was_damaged_since_is_named_so(home):
-    write_report(home, "talk")
+    write_dataset(home, "talk", fingerprint="abc")
     for asked, state in (("abc", ""), ("old", "changed")):
         run = runs.create(home, "sft", recipe={}, who="test", dataset="talk", inputs={"dataset": asked})
         assert [node.state for node in trace(home, run).nodes if node.kind == "dataset"] == [state]
@@ -99,8 +92,8 @@ def test_a_dataset_that_changed_or_was_damaged_since_is_named_so(home):
 
 
 def test_a_second_dataset_on_the_way_stands_before_the_run_that_learned_from_it(home):
-    write_report(home, "first")
-    write_report(home, "second", files=7)
+    write_dataset(home, "first")
+    write_dataset(home, "second", files=7)
     sft = made(home, "sft", dataset="first")
     dpo = made(home, "dpo", sft, dataset="second")
     export = made(home, "export", dpo, dataset="second")
@@ -132,7 +125,7 @@ def test_the_text_form_marks_the_run_and_indents_what_comes_of_it(home):
 
 
 def test_the_drawing_is_sound_xml_in_which_all_text_is_escaped(home):
-    write_report(home, "talk")
+    write_dataset(home, "talk", fingerprint="abc")
     report = json.loads((home.datasets / "talk" / "report.json").read_text())
     report["by_file"][0]["file"] = HOSTILE
     (home.datasets / "talk" / "report.json").write_text(json.dumps(report))
@@ -150,7 +143,7 @@ def test_the_drawing_is_sound_xml_in_which_all_text_is_escaped(home):
 
 
 def test_boxes_of_a_drawing_do_not_overlap(home):
-    write_report(home, "talk", files=3)
+    write_dataset(home, "talk", files=3)
     sft = made(home, "sft", dataset="talk")
     for _ in range(3):
         dpo = made(home, "dpo", sft, dataset="talk")
@@ -166,7 +159,7 @@ def test_boxes_of_a_drawing_do_not_overlap(home):
 
 
 def test_runs_can_be_chosen_in_the_drawing_and_datasets_cannot(home):
-    write_report(home, "talk")
+    write_dataset(home, "talk", fingerprint="abc")
     sft = made(home, "sft", dataset="talk")
     export = made(home, "export", sft, dataset="talk")
     found = trace(home, export)

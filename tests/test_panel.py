@@ -4,6 +4,7 @@ what was on the screen stay in KATHERINE_SCREENSHOTS, by default screenshots/ in
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
+from bench import past
 from jobs import queue
-from katherine import drafts, probes, runs, settings
+from katherine import bases, corpus, drafts, probes, runs, settings
 from katherine.runs import State
 from katherine.settings import PROJECT, Home
+from katherine.template import ChatTemplate
 
 pytestmark = pytest.mark.browser
 
@@ -84,6 +87,65 @@ def until(truth: Any, patience: float, what: str) -> Any:
     return found
 
 
+# Every way in which markup could come to life: as HTML, as a script, as a template of JavaScript's or Handlebars'.
+EVIL = '<img src=x onerror="window.ran=1"><script>window.ran=2</script>${window.ran=3}{{value}}'
+
+
+def fill_with_evil(home: Home) -> None:
+    """A dataset, runs, logs, manifests and answers whose every free word is EVIL."""
+    source = home.root / "inbox" / '<img src=x onerror="window.ran=4">.jsonl'
+    source.parent.mkdir(parents=True)
+    talk = {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": EVIL}]}
+    source.write_text(json.dumps(talk) + "\n" + json.dumps({EVIL: EVIL}) + "\n")
+    template = ChatTemplate.load(bases.tokenizer(home, bases.SMALL))
+    corpus.prepare([source], home, template=template, base=bases.SMALL, name="evil")
+
+    def spoiled(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {key: spoiled(each, key) for key, each in value.items()}
+        if isinstance(value, list):
+            return [spoiled(each, name) for each in value]
+        return EVIL if name in ("who", "finding", "reason", "base", "revision", "remedy", "file", "quant") else value
+
+    for run in past.write_past(home, runs=8, steps=20, datasets=1):
+        for path in (run.path / "run.json", run.path / "result.json", run.out / "gguf" / "manifest.json"):
+            if path.is_file():
+                runs.write_json(path, spoiled(json.loads(path.read_bytes())))
+        run.log.write_text(EVIL + "\n")
+        if run.record.kind == "sft":
+            run.set_status(state=State.failed, reason=EVIL, remedy=EVIL)
+        if run.record.kind == "probe":
+            said = {"role": "assistant", "content": EVIL}
+            score = {"passed": False, "reasons": [EVIL]}
+            row = {"model": "q4_k_m", "probe": EVIL, "category": EVIL, "talk": [said | {"role": "user"}, said]}
+            (run.out / "answers.jsonl").write_text(json.dumps(row | {"score": score}) + "\n")
+
+
+def test_what_came_from_data_models_and_file_names_is_only_ever_text(at_the_panel, home):
+    fill_with_evil(home)
+    me = at_the_panel()
+    seen: dict[str, str] = {}
+    for tab in ("dataset", "recipe", "train", "export", "history"):
+        me.open(tab)
+        me.page.wait_for_timeout(2500)  # what may come to life gets the time to
+        if tab == "dataset":
+            for part in ("Problems", "Examples"):
+                me.page.get_by_role("tab", name=part).locator("visible=true").first.click()
+                me.page.wait_for_timeout(2500)
+        for number in range(min(3, me.page.locator("tr.k-row:visible").count())):
+            me.page.locator("tr.k-row:visible").nth(number).click()
+            me.page.wait_for_timeout(1200)
+        seen[tab] = me.page.locator("#tabs").inner_text()
+        assert me.page.evaluate("window.ran") is None, tab
+    for tab in ("dataset", "train", "export", "history"):
+        assert "<img src=x onerror=" in seen[tab], f"nothing of it was shown in {tab}, so nothing was tried"
+    me.page.goto(f"{at_the_panel.served.address}/review/")
+    me.page.locator(".k-card").first.wait_for()
+    assert "<img src=x onerror=" in me.page.locator(".k-card").first.inner_text()
+    assert me.page.evaluate("window.ran") is None
+    assert me.complaints == []
+
+
 @pytest.mark.slow
 def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(at_the_panel, home):
     me = at_the_panel()
@@ -123,7 +185,7 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     sft, dpo, export, probe = queued = runs.everyone(home)
     assert [run.record.kind for run in queued] == ["sft", "dpo", "export", "probe"]
     until(lambda: sft.status().step >= 3, 180, "the training did not begin")
-    page.get_by_text(sft.id).first.wait_for()
+    page.get_by_text(sft.id).locator("visible=true").first.wait_for()
     page.locator(".k-plot .main-svg").first.wait_for()
     me.picture("train-running")
 
@@ -137,24 +199,42 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     me = at_the_panel()
     me.open("train")
     page = me.page
-    page.get_by_text(sft.id).first.wait_for(timeout=10_000)
+    page.get_by_text(sft.id).locator("visible=true").first.wait_for(timeout=10_000)
     assert sft.status().supervisor == supervisor
     assert len(runs.everyone(home)) == 4, "a second run was started"
 
+    # The network is away for a minute; the page that is open then shows where the run is by now.
+    page.context.set_offline(True)
+    page.wait_for_timeout(60_000)
+    page.context.set_offline(False)
+
+    def shows_the_present() -> bool:
+        strip = page.inner_text("#strip").lower()
+        under_way = [run for run in queued if run.status().state is State.running]
+        step = re.search(r"step (\d+) of", strip)
+        return bool(
+            under_way
+            and step
+            and under_way[0].record.kind in strip
+            and abs(int(step[1]) - under_way[0].status().step) <= 2
+        )
+
+    until(shows_the_present, 20, "the open page stands still")
+
     phone = at_the_panel(viewport=PHONE, color_scheme="dark")
     phone.open("train")
-    phone.page.get_by_text(sft.id).first.wait_for()
+    phone.page.get_by_text(sft.id).locator("visible=true").first.wait_for()
     phone.picture("train-phone-dark")
 
     until(lambda: dpo.status().step >= 3, 300, f"DPO did not begin: {sft.status()}")
-    me.page.get_by_text(dpo.id).first.wait_for(timeout=15_000)
+    me.page.get_by_text(dpo.id).locator("visible=true").first.wait_for(timeout=15_000)
     me.picture("train-dpo")
     for run in (sft, dpo, export):
         assert queue.wait(home, run.id, timeout=400).state is State.succeeded, run.status()
 
     # What came of it, and one file taken home.
     me.open("export")
-    page.get_by_text("3 of 3 files accepted").first.wait_for(timeout=15_000)
+    page.get_by_text("of 3 files accepted").locator("visible=true").first.wait_for(timeout=15_000)
     me.picture("export")
     manifest = json.loads((export.out / "gguf" / "manifest.json").read_bytes())
     entry = manifest["files"][0]
@@ -164,13 +244,13 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     with path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
     phone.open("export")
-    phone.page.get_by_text("3 of 3 files accepted").first.wait_for(timeout=15_000)
+    phone.page.get_by_text("of 3 files accepted").locator("visible=true").first.wait_for(timeout=15_000)
     phone.picture("export-phone-dark")
 
     queue.stop(home, probe.id, kill=True)
     queue.wait(home, probe.id, timeout=60)
     me.open("history")
     page.locator("tr.k-row", has_text=sft.id[-10:]).first.click()
-    page.get_by_text("learning rate").first.wait_for()
+    page.get_by_text("learning rate").locator("visible=true").first.wait_for()
     me.picture("history")
     assert me.complaints == []

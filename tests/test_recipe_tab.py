@@ -7,11 +7,12 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from counted import write_dataset
 from pydantic import BaseModel
+from visitor import Visitor
 
 from katherine import drafts, estimate, presets, prices, recipe, runs
 from katherine.settings import Home
-from tests.visitor import Visitor
 from ui import recipe as tab
 from ui.panel import Panel
 
@@ -28,19 +29,10 @@ def home(tmp_path: Path) -> Home:
 @pytest.fixture
 def dataset(home: Home) -> str:
     """The counts and lengths of the corpus that the k0 recipe was derived on."""
-    lengths = {"p50": 102, "p90": 192, "p99": 246, "max": 280, "over_max_length": 0}
-    report = {
-        "fingerprint": "0" * 64,
-        "sft": {"unique": 1886},
-        "dpo": {"used": 180},
-        "tokens": lengths | {"max_length": 1024, "base": "Qwen/Qwen3.5-9B", "pairs": lengths},
-    }
-    folder = home.datasets / "k0-12ab"
-    folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps(report))
+    write_dataset(home, "k0-12ab")
     drafts.use_preset(home, "k0")
-    drafts.change(home, dataset=folder.name)
-    return folder.name
+    drafts.change(home, dataset="k0-12ab")
+    return "k0-12ab"
 
 
 class Page(Visitor):

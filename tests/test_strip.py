@@ -16,6 +16,8 @@ from katherine import disk, prices, runs
 from katherine.errors import SetupError
 from katherine.gpu import GpuReading
 from katherine.history import History
+from katherine.pace import Pace
+from katherine.rendering import Renderer
 from katherine.runs import State
 from katherine.settings import Home
 from katherine.telemetry import Watch
@@ -29,7 +31,7 @@ class Page:
     def __init__(self, at: Home, cards: list[GpuReading] | Exception):
         self.cards = cards
         self.watch = Watch(in_use=lambda: slot.is_held(at, "gpu-0"), read=self._read, every=0.01)
-        self.panel = Panel(at, History(at), self.watch)
+        self.panel = Panel(at, History(at), self.watch, Renderer(at))
         self.visitor = Visitor(strip, self.panel)
 
     def _read(self) -> list[GpuReading]:
@@ -129,10 +131,10 @@ def test_the_run_under_way_shows_its_step_rate_and_time_left(page):
 
 
 def test_a_run_that_makes_no_steps_any_more_is_pointed_out():
-    assert strip.stalled(strip.Pace(seconds_per_step=1.0, since_step=61.0))
-    assert not strip.stalled(strip.Pace(seconds_per_step=1.0, since_step=59.0))
-    assert not strip.stalled(strip.Pace(seconds_per_step=30.0, since_step=200.0))
-    assert not strip.stalled(strip.Pace(since_step=500.0))
+    assert Pace(seconds_per_step=1.0, since_step=61.0).stalled
+    assert not Pace(seconds_per_step=1.0, since_step=59.0).stalled
+    assert not Pace(seconds_per_step=30.0, since_step=200.0).stalled
+    assert not Pace(since_step=500.0).stalled
 
 
 def test_a_disk_that_is_nearly_full_is_warned_of_and_a_quota_is_not_guessed(page, monkeypatch):

@@ -355,10 +355,11 @@ class Contents:
             status = errand.status()
             if status.state not in ENDED:
                 return {}
+            if status.state is not State.succeeded:
+                return self._not_compared(status.reason)
             found = errand.result()
         except KatherineError as error:
-            reason = status.reason if "status" in locals() else str(error)
-            return {self.differs: Markup("<p class='k-tone k-bad'>{}</p>").format(reason), self.comparing: ""}
+            return self._not_compared(str(error))
         rows = [
             [name, found[kind]["only_first"], found[kind]["both"], found[kind]["only_second"]]
             for name, kind in (("Conversations", "sft"), ("Pairs", "dpo"))
@@ -369,6 +370,9 @@ class Contents:
         )
         said = Markup("<p>Options that differ:</p><ul>{}</ul>").format(options) if options else "Same options."
         return {self.compared: self.compared.rows(rows), self.differs: said, self.comparing: ""}
+
+    def _not_compared(self, why: str) -> dict[Any, Any]:
+        return {self.differs: Markup("<p class='k-tone k-bad'>{}</p>").format(why), self.comparing: ""}
 
     def ask(self, memory: dict[str, Any] | None) -> dict[Any, Any]:
         shelf.refuse_removal(self.home, _chosen(memory))

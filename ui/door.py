@@ -40,7 +40,7 @@ _PAGES = frozenset(f"{area}/" for area in _AREAS)
 # custom_component, component_server, stream, vibe-*.
 _READ = re.compile(
     r"/(config|theme\.css|manifest\.json|favicon\.ico|(assets|static|svelte)/.+"
-    r"|gradio_api/(info|startup-events|theme\.css|heartbeat/\w+|queue/data|queue/status))?"
+    r"|gradio_api/(info|app_id/?|startup-events|theme\.css|heartbeat/\w+|queue/data|queue/status))?"
 )
 _WRITE = re.compile(r"/gradio_api/(queue/join|run/[\w-]+|cancel|reset)/?")
 # Only the operator hands in files, and gets back those that Gradio keeps for a page. /files is the server's own.

@@ -20,6 +20,7 @@ from katherine.units import duration, moment, size
 from ui import files, runs, tones
 from ui import lineage as drawings
 from ui.edge import shown
+from ui.held import held
 from ui.panel import Live, Panel
 from ui.table import Cell, Table
 from ui.told import Told
@@ -83,10 +84,10 @@ class _Page:
             gr.HTML("Where it comes from", elem_classes="k-section")
             self.drawing = drawings.Drawing()
             self.others = gr.HTML("")
-        self.chosen = gr.State("")
+        self.chosen = held("")
         # What was asked for and waits for a second word: (parent, quants).
-        self.asked = gr.State(None)
-        self.marks = gr.State({})
+        self.asked = held(None)
+        self.marks = held({})
 
     @property
     def inputs(self) -> list[Any]:
@@ -226,7 +227,7 @@ class _Page:
             "Dataset": record.dataset or "",
             "Checks": f"{made.check_examples} examples, KL at most {made.max_kl:g} nats a token (Recipe tab)",
             "Needs": "" if room.fullest is None else f"about {size(room.fullest)} at its fullest",
-            "Free": f"{size(room.free)}; a volume's quota may be smaller",
+            "Free": size(room.free) if room.quota_known else "see your quota: the volume tells the whole cluster",
         }
         said = runs.described(facts.items())
         if room.is_enough is False:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from katherine import comparison, curves, estimate, lineage, outcomes
+from katherine import comparison, curves, lineage, outcomes, prediction
 from katherine import hardware as machines
 from katherine.history import Seen
 from katherine.outcomes import Outcome
@@ -18,6 +18,7 @@ from ui import lineage as drawings
 from ui import plots, runs, tones
 from ui.edge import shown
 from ui.figure import Figure
+from ui.held import held
 from ui.panel import Live, Panel
 from ui.table import Cell, Table
 from ui.told import Told
@@ -42,10 +43,10 @@ class _Page:
             self.text = gr.Textbox("", label="Search", placeholder="id, dataset, base, who …", min_width=180, scale=3)
         self.count = gr.HTML("", elem_classes="k-dim")
         self.table = Table(COLUMNS, "No run yet. Start one in the Train tab.", selects=True, elem_classes="k-all-runs")
-        self.chosen = gr.State("")
-        self.other = gr.State("")
+        self.chosen = held("")
+        self.other = held("")
         # What each component was last sent, by a short hash: so that only what changed is sent again.
-        self.marks = gr.State({})
+        self.marks = held({})
         with gr.Column(visible=False) as self.page:
             self.head = gr.HTML("")
             self.files = gr.HTML("")
@@ -188,7 +189,7 @@ class _Page:
     def _expected(self, seen: Seen, outcome: Outcome) -> list[list[str]]:
         if seen.damage or outcome.damage:
             return []
-        return [[line.what, line.predicted, line.actual] for line in estimate.compared(self.panel.home, seen.run)]
+        return [[line.what, line.predicted, line.actual] for line in prediction.compared(seen.run)]
 
     def _facts(self, seen: Seen) -> list[tuple[str, Any]]:
         record = seen.run.record

@@ -63,7 +63,7 @@ class _Page:
                 for kind, model in KINDS.items():
                     self._lay_out_stage(kind, model)
             with gr.Column(scale=2, min_width=340, elem_classes="k-beside"):
-                self.card = gr.HTML("", elem_classes="k-card", apply_default_css=False)
+                self.card = gr.HTML("", elem_classes="k-estimate", apply_default_css=False)
                 with gr.Accordion("Prices", open=False):
                     self._lay_out_prices()
                 with gr.Accordion("Differs from the preset", open=True):

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
+from jobs import autostop
 from katherine import outcomes, probes
 from katherine.errors import NotFound
 from katherine.examples import Message
@@ -31,6 +32,9 @@ def build(panel: Panel) -> gr.Blocks:
             ),
             elem_classes="k-prose",
         )
+        with gr.Row(visible=False) as ending:
+            notice = gr.HTML(elem_classes="k-prose", min_width=260)
+            keep = gr.Button("I am still reading", variant="primary", min_width=200)
         with gr.Row(visible=False) as choice:
             export = gr.Dropdown(label="From", interactive=True, filterable=False, min_width=240)
             question = gr.Dropdown(label="Question", interactive=True, filterable=False, min_width=300)
@@ -44,9 +48,11 @@ def build(panel: Panel) -> gr.Blocks:
 
         def opened() -> dict[Any, Any]:
             found = [seen for seen in panel.history.runs() if seen.kind == "probe" and _readable(seen)]
+            # The newest may have asked no file at all.
+            while found and not (rows := asked(found[0].id)):
+                del found[0]
             if not found:
                 return {answers: _NOTHING, choice: gr.Row(visible=False), moving: gr.Row(visible=False)}
-            rows = asked(found[0].id)
             labels = [(f"{moment(seen.run.record.created)}", seen.id) for seen in found]
             return {
                 export: gr.Dropdown(choices=labels, value=found[0].id),
@@ -76,7 +82,27 @@ def build(panel: Panel) -> gr.Blocks:
 
             return move
 
+        def countdown() -> dict[Any, Any]:
+            view = autostop.view(panel.home)
+            words = Markup("<p>{}</p>").format(autostop.words(view)) if view.can_cancel else ""
+            return {ending: gr.Row(visible=view.can_cancel), notice: words}
+
+        def keep_on() -> dict[Any, Any]:
+            autostop.cancel(panel.home, "the reviewer")
+            return countdown()
+
+        # A reviewer who reads is work that the queue does not know of.
+        watch = gr.Timer(5)
+        watch.tick(
+            shown(countdown),
+            outputs=[ending, notice],
+            show_progress="hidden",
+            queue=False,
+            api_visibility="private",
+        )
         given: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        keep.click(shown(keep_on), outputs=[ending, notice], **given)
+        page.load(shown(countdown), outputs=[ending, notice], **given)
         page.load(shown(opened), outputs=[export, question, answers, choice, moving], **given)
         export.input(shown(another), export, [question, answers], **given)
         question.input(shown(asked_for), [export, question], answers, **given)
@@ -87,7 +113,9 @@ def build(panel: Panel) -> gr.Blocks:
 
 
 def _readable(seen: Seen) -> bool:
-    return seen.status.state is State.succeeded and (seen.run.out / "answers.jsonl").is_file()
+    """Whether it recorded anything: a file of nothing is as good as none."""
+    answers = seen.run.out / "answers.jsonl"
+    return seen.status.state is State.succeeded and answers.is_file() and answers.stat().st_size > 0
 
 
 def _of_files(panel: Panel, run_id: str) -> list[Answer]:

@@ -21,8 +21,6 @@ from ui.panel import Live, Panel
 
 EVERY = 2.0
 GIB = 2**30
-# A run that takes this many times its usual step, and at least this long, has probably stalled.
-STALLED_STEPS, STALLED_SECONDS = 10, 60.0
 
 
 def build(panel: Panel) -> Live:
@@ -183,18 +181,11 @@ def _speed(speed: Pace) -> Markup:
     if speed.seconds_per_step is None:
         since = "" if speed.since_step is None else f"no step yet, {units.duration(speed.since_step)} so far"
         return Markup("<span class='k-dim'>{}</span>").format(since)
-    if stalled(speed):
+    if speed.stalled:
         return Markup("<span class='k-tone k-warn'>no step for {}</span>").format(units.duration(speed.since_step))
     tokens = "" if speed.tokens_per_second is None else f"{speed.tokens_per_second:,.0f} tokens/s"
     left = "" if speed.seconds_left is None else f"{units.duration(round(speed.seconds_left))} left"
     return Markup("<span>{}</span>").format(_joined(f"{_seconds(speed.seconds_per_step)} a step", tokens, left))
-
-
-def stalled(speed: Pace) -> bool:
-    """Whether the run has made no step for so much longer than usual that somebody should look."""
-    if speed.seconds_per_step is None or speed.since_step is None:
-        return False
-    return speed.since_step > max(STALLED_STEPS * speed.seconds_per_step, STALLED_SECONDS)
 
 
 def _seconds(seconds: float) -> str:

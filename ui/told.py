@@ -1,5 +1,5 @@
-"""What a page was last sent, so that only what changed is sent again. The marks are kept in the page's own
-gr.State: one set a visitor, gone with a reload, after which everything is sent anew."""
+"""What a page was last sent, so that only what changed is sent again. The page keeps the marks itself (ui.held), so
+they are gone with a reload, after which everything is sent anew, and an answer that is lost takes its marks with it."""
 
 import hashlib
 import json

@@ -10,7 +10,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from jobs import pipeline, queue
-from katherine import curves, drafts, estimate, logs, pace, recipe, runs
+from katherine import curves, drafts, estimate, logs, pace, prediction, recipe, runs
 from katherine.drafts import Draft
 from katherine.errors import KatherineError, NotFound
 from katherine.history import Seen
@@ -22,6 +22,7 @@ from ui import files, plots, tones
 from ui.component import HTML, Choice
 from ui.edge import message, shown
 from ui.figure import Figure
+from ui.held import held
 from ui.panel import Live, Panel
 from ui.runs import described
 from ui.table import Cell, Table
@@ -144,8 +145,8 @@ class _Page:
             js_on_load=_LOG,
             apply_default_css=False,
         )
-        # What the page shows, as it says itself: see News. `at` is where a search goes on, `doomed` the run to kill.
-        self.seen, self.at, self.doomed = (_held() for _ in range(3))
+        # What the page shows, as it says itself: see Told. `at` is where a search goes on, `doomed` the run to kill.
+        self.seen, self.at, self.doomed = (held({}) for _ in range(3))
         self._inputs = [self.picker, self.past, self.smoothing, self.seen]
         self._outputs = [
             self.draft, self.on, self.start_sft, self.start_pipeline, self.start_dpo, self.queued, self.picker,
@@ -160,7 +161,6 @@ class _Page:
                 inputs=list(inputs),
                 outputs=list(outputs),
                 show_progress="hidden",
-                queue=False,
                 api_visibility="private",
                 **more,
             )
@@ -491,8 +491,8 @@ def _joined(every: Sequence[Seen]) -> str:
     return " ".join(each.id for each in every)
 
 
-def _run_of(held: Any) -> str:
-    run_id = held.get("run") if isinstance(held, dict) else None
+def _run_of(kept: Any) -> str:
+    run_id = kept.get("run") if isinstance(kept, dict) else None
     if not run_id:
         raise NotFound("No run is shown: choose one first.")
     return str(run_id)
@@ -565,7 +565,7 @@ def _facts(panel: Panel, seen: Seen, speed: Pace) -> str:
 def _compared(home: Home, seen: Seen) -> str:
     """What was predicted beside what came."""
     try:
-        lines = [line for line in estimate.compared(home, seen.run) if line.predicted]
+        lines = [line for line in prediction.compared(seen.run) if line.predicted]
     except KatherineError:
         return Markup("")  # its result is damaged, which the run's own line says
     if not lines:
@@ -597,8 +597,3 @@ def _log_link(run: Seen | None) -> str:
 def _page() -> HTML:
     """Words on the page. Gradio's own style for them would colour every letter alike."""
     return HTML("", apply_default_css=False, js_on_load=None)
-
-
-def _held() -> HTML:
-    """A value that the page keeps and sends along, shown nowhere."""
-    return HTML({}, html_template="", js_on_load=None, apply_default_css=False, visible="hidden")

@@ -137,7 +137,8 @@ window.katherine = (() => {
       margin: { l: 52, r: 12, t: layout.title ? 34 : 12, b: 36 },
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: narrow ? 10 : 12 } },
       hovermode: narrow ? "closest" : "x unified",
-      dragmode: narrow ? false : "zoom",
+      // A finger that drags means to scroll the page.
+      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       ...layout,
       ...axes,
       height,
@@ -205,8 +206,10 @@ window.katherine = (() => {
 
   function openTab(name) {
     const button = tabButtons().filter((one) => nameOf(one) === name && !one.closest("[aria-hidden=true]"))[0];
-    if (button && button.getAttribute("aria-selected") !== "true") button.click();
-    return Boolean(button);
+    if (!button) return false;
+    if (button.getAttribute("aria-selected") === "true") history.replaceState(null, "", `#${name}`);
+    else button.click();
+    return true;
   }
 
   const wanted = decodeURIComponent(location.hash.slice(1));
