@@ -31,6 +31,12 @@ class Machine:
     gpu_memory: float | None
     cores: int | None
     price: Price | None
+    gpus: int = 1
+
+    @property
+    def hourly(self) -> float | None:
+        """Dollars an hour; a price is of one GPU, and a pod of several is paid for whole."""
+        return None if self.price is None else self.price.dollars * max(self.gpus, 1)
 
     @property
     def name(self) -> str:
@@ -88,11 +94,11 @@ class Estimate:
 
     @property
     def dollars(self) -> Figure | None:
-        if self.machine.price is None or self.seconds is None:
+        price, hourly = self.machine.price, self.machine.hourly
+        if price is None or hourly is None or self.seconds is None:
             return None
-        price = self.machine.price
-        said = f"${price.dollars:,.2f} an hour, {f'of {price.dated}' if price.dated else price.source}"
-        return replace(self.seconds.times(price.dollars / 3600), basis=said)
+        said = f"{units.dollars(hourly)} an hour, {f'of {price.dated}' if price.dated else price.source}"
+        return replace(self.seconds.times(hourly / 3600), basis=said)
 
     @property
     def learned(self) -> int:
@@ -135,7 +141,7 @@ def machines(home: Home) -> list[Machine]:
     here = hardware.here()
     kind = prices.kind(here.gpu)
     memory = here.gpu_memory if kind else None
-    found = [Machine(kind, True, memory, here.cores, prices.hourly(home, here.gpu))]
+    found = [Machine(kind, True, memory, here.cores, prices.hourly(home, here.gpu), here.gpus)]
     for name, price in prices.listed(home).items():
         if name != kind:
             sheet = SHEETS.get(name)

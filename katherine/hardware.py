@@ -17,7 +17,7 @@ FILE = "hardware.json"
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """gpu: the driver's name of the first card, "" without one. gpu_memory, memory: bytes, None where not told.
-    hourly: dollars an hour as priced when this was written, None where nobody said."""
+    hourly: dollars an hour of all of it, as priced when this was written, None where nobody said."""
 
     gpu: str
     gpus: int
@@ -61,7 +61,8 @@ def here(home: Home | None = None) -> Hardware:
     if home is not None:
         try:
             price = prices.hourly(home, name)
-            hourly = price.dollars if price else None
+            # A price is of one GPU, and a pod of several is paid for whole.
+            hourly = price.dollars * max(len(cards), 1) if price else None
         except DataError:
             pass  # a damaged price list is said where prices are shown
     return Hardware(name, len(cards), cards[0].memory_total if cards else None, cores(), _memory(), hourly)

@@ -21,13 +21,12 @@ def freeze(home: Home, run: Run) -> None:
         return
     found, steps = estimate.alone(home, run.record.kind, experience.recipes_of(home, run), run.record.dataset)
     stage = found.stages[run.record.kind]
-    price = found.machine.price
     runs.write_json(
         run.path / FILE,
         {
             "made": runs.now(),
             "machine": found.machine.name,
-            "hourly": price.dollars if price else None,
+            "hourly": found.machine.hourly,
             "steps": steps,
             "seconds": asdict(stage.seconds) if stage.seconds else None,
             "missing": list(stage.missing),

@@ -346,6 +346,15 @@ def test_a_run_keeps_what_was_said_when_it_began_beside_what_came(home, monkeypa
     assert prediction.of_run(run) == said
 
 
+def test_a_pod_of_two_cards_costs_twice_an_hour(home, monkeypatch):
+    monkeypatch.setattr(hardware, "here", lambda home=None: replace(H200, gpus=2))
+    here = estimate.plan(home, draft(home, "k0")).estimates[0]
+    assert here.dollars.value == pytest.approx(here.seconds.value / 3600 * 2 * 3.99)
+    run = runs.create(home, "sft", recipe=recipe.SftRecipe().model_dump(mode="json"), who="test", dataset="k0")
+    prediction.freeze(home, run)
+    assert prediction.of_run(run)["hourly"] == pytest.approx(2 * 3.99)
+
+
 def test_a_run_of_before_has_what_came_and_no_prediction(home):
     run = finished(home, step=1.0)
     lines = {line.what: (line.predicted, line.actual) for line in prediction.compared(run)}

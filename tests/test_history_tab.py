@@ -103,7 +103,7 @@ def test_a_runs_page_has_its_recipe_with_what_differs_from_the_preset_first(home
     (sft.path / "run.json").write_text(json.dumps(raw))
     visitor = visit(home)
     open_run(visitor, sft)
-    recipe = visitor.rows(visitor.find(style="k-recipe"))
+    recipe = visitor.rows(visitor.find(style="k-frozen"))
     assert recipe[0][:3] == ["learning_rate", "0.00007", "0.0001"]
     assert {row[0] for row in recipe} == set(raw["recipe"])
     assert "1 differs from the preset k0" in visitor.html()

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from katherine import comparison, curves, lineage, outcomes, prediction
+from katherine import comparison, lineage, outcomes, prediction
 from katherine import hardware as machines
 from katherine.history import Seen
 from katherine.outcomes import Outcome
@@ -36,7 +36,7 @@ class _Page:
 
     def __init__(self, panel: Panel):
         self.panel = panel
-        self.curves = curves.Cache()
+        self.curves = panel.curves
         with gr.Row():
             self.kind = gr.Dropdown([ANY, *KINDS], value=ANY, label="Kind", min_width=110, scale=1)
             self.state = gr.Dropdown([ANY, *State], value=ANY, label="State", min_width=130, scale=1)
@@ -64,7 +64,7 @@ class _Page:
             self.recipe = Table(
                 ("Setting", "Value", "Preset", "Why the preset has it"),
                 "This kind has no recipe.",
-                elem_classes="k-recipe",
+                elem_classes="k-frozen",
             )
             gr.HTML("Expected when it began, and what came", elem_classes="k-section")
             self.expected = Table(("What", "Expected", "Came"), "Nothing was expected of it, and nothing came yet.")

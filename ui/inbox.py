@@ -15,6 +15,7 @@ from katherine.errors import DataError, KatherineError
 from katherine.runs import ENDED, State, Status
 from katherine.settings import Home
 from katherine.units import moment, size
+from ui import tones
 from ui.edge import shown
 from ui.panel import Panel
 from ui.told import Told
@@ -23,14 +24,6 @@ from ui.told import Told
 UPLOAD_MB = 95
 # Ended errands that are still shown: what happened just now, and what it was compared with.
 SHOWN_ENDED = 3
-_TONES = {
-    State.succeeded: "good",
-    State.failed: "bad",
-    State.interrupted: "bad",
-    State.cancelled: "dim",
-    State.running: "busy",
-    State.stopping: "warn",
-}
 _STEPS = {"read": "MB read", "count": "examples", "download": "MB"}
 
 
@@ -283,7 +276,7 @@ def _line(errand: Errand, status: Status) -> Markup:
     return Markup(
         "<div class='kd-errand'><span class='k-tone k-{}'>{}</span> <b>{}</b> {} <span class='k-dim'>{}</span>"
         "<div class='kd-bar'><i style='width:{:.1f}%'></i></div></div>"
-    ).format(_TONES[status.state], status.state, _what(errand), where, when, share * 100)
+    ).format(tones.of(status.state), status.state, _what(errand), where, when, share * 100)
 
 
 def _what(errand: Errand) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import slot
+from katherine.curves import Cache
 from katherine.history import History
 from katherine.rendering import Renderer
 from katherine.settings import Home
@@ -14,12 +15,13 @@ from katherine.telemetry import Watch
 @dataclass(frozen=True, slots=True)
 class Panel:
     """home: where everything lies. history: its runs, read cheaply. watch: the GPUs, read while the server runs.
-    renderer: examples as training sees them."""
+    renderer: examples as training sees them. curves: runs' metrics, each row read once."""
 
     home: Home
     history: History
     watch: Watch
     renderer: Renderer
+    curves: Cache = field(default_factory=Cache)
 
     @classmethod
     def of(cls, home: Home) -> "Panel":

@@ -16,10 +16,10 @@ from ui.edge import message, shown
 from ui.forms import Form, usual_source
 from ui.forms import shown as as_shown
 from ui.panel import Live, Panel
+from ui.runs import named
 from ui.table import Cell, Table
 
 TITLE = "Recipe"
-STAGES = {"sft": "SFT", "dpo": "DPO", "export": "Export", "probe": "Probes"}
 # As many past runs as a list is read for.
 RUNS = 60
 # Through Gradio's queue, with no limit: of a handler beside it, 6.31 shows no error and no message.
@@ -89,7 +89,7 @@ class _Page:
                 said = (model.__doc__ or "").strip()
                 gr.HTML(
                     Markup("<h3>{}</h3><p class='k-dim'>{} Source, where no other is named: {}.</p>").format(
-                        STAGES[kind], said, source
+                        named(kind), said, source
                     ),
                     min_width=200,
                 )
@@ -261,7 +261,7 @@ class _Page:
     def _choices(self, draft: Draft) -> dict[Any, Any]:
         seen = [each for each in self._panel.history.runs() if each.kind in KINDS][:RUNS]
         runs = [
-            (f"{STAGES[each.kind]}, {units.moment(each.run.record.created)}, {each.status.state}", each.id)
+            (f"{named(each.kind)}, {units.moment(each.run.record.created)}, {each.status.state}", each.id)
             for each in seen
         ]
         return {
@@ -300,7 +300,7 @@ class _Page:
         for each in found:
             model = KINDS[each.kind]
             yield [
-                f"{STAGES[each.kind]}: {each.about.label}",
+                f"{named(each.kind)}: {each.about.label}",
                 _text(as_shown(model, each.about.name, each.yours)),
                 _text(as_shown(model, each.about.name, each.theirs)),
                 each.about.reason,
@@ -373,7 +373,7 @@ def card(plan: Plan) -> Markup:
 
 def _row(each: Estimate) -> Markup:
     price = each.machine.price
-    hourly = "" if price is None else f"${price.dollars:,.2f} an hour, {price.dated or 'first estimate'}"
+    hourly = "" if price is None else f"{units.dollars(each.machine.hourly)} an hour, {price.dated or 'first estimate'}"
     learned = f"from {each.learned} finished run{'s' if each.learned > 1 else ''}" if each.learned else ""
     under = ", ".join(part for part in (hourly, learned) if part)
     least = bool(each.missing)
@@ -382,7 +382,7 @@ def _row(each: Estimate) -> Markup:
         each.machine.name,
         _small(under),
         _figure(estimate.words(each.seconds, estimate.roughly, least), each.missing and "no basis"),
-        _figure(estimate.words(each.memory, estimate.gib), "", f"most: {STAGES.get(each.memory_of, '')}"),
+        _figure(estimate.words(each.memory, estimate.gib), "", f"most: {named(each.memory_of)}"),
         _figure(estimate.words(each.dollars, units.dollars, least), "no price" if price is None else ""),
     )
 
@@ -408,7 +408,7 @@ def _stages_of(plan: Plan) -> Iterator[Markup]:
         time = estimate.roughly(stage.seconds.value) if stage.seconds else "not known"
         if stage.seconds and stage.missing:
             time += f" without {', '.join(stage.missing)}"
-        said.append(f"{STAGES[kind]} {time}")
+        said.append(f"{named(kind)} {time}")
     yield Markup("<p><b>{}:</b> {}.</p>").format(each.machine.name, ", ".join(said))
 
 

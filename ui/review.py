@@ -38,7 +38,7 @@ def build(panel: Panel) -> gr.Blocks:
         with gr.Row(visible=False) as choice:
             export = gr.Dropdown(label="From", interactive=True, filterable=False, min_width=240)
             question = gr.Dropdown(label="Question", interactive=True, filterable=False, min_width=300)
-        answers = gr.HTML(_NOTHING, elem_classes="k-answers")
+        answers = gr.HTML(_NOTHING, elem_classes="k-versions")
         with gr.Row(visible=False) as moving:
             back = gr.Button("Previous")
             forward = gr.Button("Next", variant="primary")

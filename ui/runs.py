@@ -11,6 +11,13 @@ from katherine.units import dollars, duration, moment, size
 from ui import files, tones
 from ui.table import Cell
 
+KINDS = {"sft": "SFT", "dpo": "DPO", "export": "Export", "probe": "Probes"}
+
+
+def named(kind: str) -> str:
+    """A kind of run as a page calls it; one that a later version made goes by its own name."""
+    return KINDS.get(kind, kind)
+
 
 def state(seen: Seen) -> Cell:
     """The state, with how far it is while it is under way."""

@@ -16,6 +16,7 @@ from katherine.history import Seen
 from katherine.pace import Pace
 from katherine.runs import State
 from katherine.telemetry import Reading
+from ui import runs
 from ui.edge import shown
 from ui.panel import Live, Panel
 
@@ -158,7 +159,7 @@ def _job(panel: Panel, running: list[Seen], queued: list[Seen]) -> Markup:
     phase = "stopping" if status.state is State.stopping else status.phase
     steps = f"step {status.step:,} of {status.of:,}" if status.of else ""
     head = Markup("<b class='k-tone k-busy'>{}</b> <span title='{}'>{}</span>").format(
-        _KINDS.get(seen.kind, seen.kind),
+        runs.named(seen.kind),
         seen.id,
         _joined(phase, steps, f"{len(queued)} queued behind it" if queued else ""),
     )
@@ -172,9 +173,6 @@ def _waiting(panel: Panel, queued: list[Seen]) -> str:
     if not ready:
         return f"{len(queued)} queued behind an interrupted run: resume or stop it"
     return _joined(f"{len(queued)} queued", ready[0].status.reason)
-
-
-_KINDS = {"sft": "SFT", "dpo": "DPO", "export": "Export", "probe": "Probes"}
 
 
 def _speed(speed: Pace) -> Markup:

@@ -1,38 +1,35 @@
 """The train tab: start, watch, stop, resume, run again. What is drawn is plots' business; every operation is jobs'."""
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from markupsafe import Markup
 
 from jobs import pipeline, queue
-from katherine import curves, drafts, estimate, logs, pace, prediction, recipe, runs
-from katherine.drafts import Draft
+from katherine import drafts, logs, pace, prediction, recipe, runs
 from katherine.errors import KatherineError, NotFound
 from katherine.history import Seen
 from katherine.pace import Pace
 from katherine.runs import ENDED, State
 from katherine.settings import Home
-from katherine.units import dollars, duration, moment, size
+from katherine.units import duration, moment, size
 from ui import files, plots, tones
 from ui.component import HTML, Choice
 from ui.edge import message, shown
 from ui.figure import Figure
 from ui.held import held
 from ui.panel import Live, Panel
-from ui.runs import described
+from ui.runs import described, named
 from ui.table import Cell, Table
 from ui.told import Told
+from ui.upcoming import Upcoming
 
 TITLE = "Train"
 WHO = "operator"
 # The picker's choice that follows the work: the run under way, then the next.
 FOLLOW = ""
-KINDS = {"sft": "SFT", "dpo": "DPO", "export": "Export", "probe": "Probes", "push": "Push"}
 STATES = {
     State.queued: "Queued",
     State.running: "Running",
@@ -77,8 +74,8 @@ class _Page:
     def __init__(self, panel: Panel):
         self._panel = panel
         self._home = panel.home
-        self._curves = curves.Cache()
-        self._start = _Start(panel.home)
+        self._curves = panel.curves
+        self._upcoming = Upcoming(panel.home)
         self._lay_out()
         self.live = Live(self._refresh, self._outputs, self._inputs, every=2.0)
         self._wire()
@@ -216,7 +213,7 @@ class _Page:
         every = self._panel.history.runs()
         next_one = followed(every)
         value = FOLLOW if next_one and next_one.id == queued[0].id else queued[0].id
-        gr.Info(message(f"Queued: {', '.join(KINDS.get(run.record.kind, run.record.kind) for run in queued)}."), 4)
+        gr.Info(message(f"Queued: {', '.join(named(run.record.kind) for run in queued)}."), 4)
         return Choice(choices=_choices(every), value=value)
 
     def _choose(self, event: gr.EventData) -> Any:
@@ -295,7 +292,7 @@ class _Page:
         return {**news.values, self.seen: news.marks}
 
     def _tell_start(self, news: Told, every: Sequence[Seen]) -> None:
-        draft, page = self._start.get()
+        draft, page = self._upcoming.get()
         news.tell("draft", self.draft, page, lambda: page)
         bases = [each for each in every if each.kind == "sft" and each.status.state is State.succeeded]
         choices = [(_label(each), each.id) for each in bases]
@@ -380,101 +377,10 @@ class _Page:
         )
 
 
-class _Start:
-    """What would be started, in words. Made again when the draft changed, and sometimes, since a GPU may come or go."""
-
-    # Obstacles ask the driver, and read the dataset's report.
-    SECONDS = 20.0
-
-    def __init__(self, home: Home):
-        self._home = home
-        self._made: tuple[Any, float, Draft, str] | None = None
-
-    def get(self) -> tuple[Draft, str]:
-        mark = _stamp(drafts.path(self._home))
-        made = self._made
-        if made is None or made[0] != mark or time.monotonic() - made[1] > self.SECONDS:
-            draft = drafts.load(self._home)
-            made = self._made = (mark, time.monotonic(), draft, _drafted(self._home, draft))
-        return made[2], made[3]
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_ino
-
-
-def _drafted(home: Home, draft: Draft) -> str:
-    asked = {kind: values for kind, values in draft.asked().items() if values is not None}
-    stages = " → ".join(KINDS[kind] for kind in asked)
-    if draft.dataset is None:
-        return Markup(
-            "<p class='k-next'>Preset <b>{}</b>, {}</p><p class='k-warn'>No dataset is chosen: on the Dataset tab, "
-            "drop files in, or use one that is there.</p>"
-        ).format(draft.preset, stages)
-    parts = [
-        Markup("<p class='k-next'>Next: <b>{}</b>, preset <b>{}</b>, {}</p>").format(
-            draft.dataset, draft.preset, stages
-        )
-    ]
-    if line := _estimated(home, draft):
-        parts.append(Markup("<p>{}</p>").format(line))
-    if changed := _changes(home, draft, asked):
-        parts.append(Markup("<p class='k-dim'>Changed: {}</p>").format("; ".join(changed)))
-    try:
-        against = pipeline.obstacles(home, draft.dataset, asked)
-    except KatherineError as error:
-        against = [str(error)]
-    if against:
-        reasons = Markup("").join(Markup("<li>{}</li>").format(reason) for reason in against)
-        parts.append(Markup("<ul class='k-against k-bad'>{}</ul>").format(reasons))
-    return Markup("").join(parts)
-
-
-def _estimated(home: Home, draft: Draft) -> str:
-    """Steps, time, memory and dollars on this machine, in one line; what is not known is left out."""
-    try:
-        plan = estimate.plan(home, draft)
-    except KatherineError as error:
-        return str(error)
-    here = next((each for each in plan.estimates if each.machine.here), None)
-    steps = [f"{KINDS[kind]} {count:,} steps" for kind, count in plan.steps.items() if count is not None]
-    if here is None:
-        return ", ".join(steps)
-    part = bool(here.missing)
-    said = [
-        estimate.words(here.seconds, duration, at_least=part),
-        estimate.words(here.memory, estimate.gib),
-        estimate.words(here.dollars, dollars, at_least=part),
-    ]
-    return f"On {here.machine.name}: {', '.join([*steps, *filter(None, said)])}" if steps or any(said) else ""
-
-
-def _changes(home: Home, draft: Draft, asked: Iterable[str]) -> list[str]:
-    """ "SFT learning_rate 5e-05 instead of 0.0001"."""
-    found = []
-    for kind in asked:
-        try:
-            usual = recipe.preset(draft.preset, recipe.KINDS[kind], home=home)
-            changed = recipe.differences(draft.recipe(kind), usual)
-        except KatherineError:
-            continue  # the preset is gone; the values are still what is started
-        found += [f"{KINDS[kind]} {name} {_value(mine)} instead of {_value(theirs)}"
-                  for name, (mine, theirs) in changed.items()]  # fmt: skip
-    return found
-
-
-def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def _label(seen: Seen) -> str:
     """Enough to know a run by in a list: kind, when, on what, and the end of its id."""
     record = seen.run.record
-    kind = KINDS.get(record.kind, record.kind)
+    kind = named(record.kind)
     when = moment(record.created).removesuffix(" UTC")
     return " · ".join(part for part in (kind, when, record.dataset, record.id.rpartition("-")[2]) if part)
 
@@ -514,7 +420,7 @@ def _stated(seen: Seen) -> str:
 def _chosen(panel: Panel, seen: Seen, speed: Pace) -> str:
     tone = tones.of(seen.status.state)
     head = Markup("<h3><span class='k-tone k-{}'>{}</span> <span>{}</span> <code>{}</code></h3>").format(
-        tone, _stated(seen), KINDS.get(seen.kind, seen.kind), seen.id
+        tone, _stated(seen), named(seen.kind), seen.id
     )
     return Markup("<div class='k-run'>{}{}{}{}</div>").format(
         head, _ending(panel.home, seen, tone), _bar(seen, tone), _facts(panel, seen, speed)
