@@ -11,7 +11,7 @@ from katherine.examples import Message
 
 class Judged(msgspec.Struct, frozen=True):
     """One answer and what was thought of it. column, quant, sha256: which file gave it. before: all that this column
-    had been told, ending with the question. thumb: -1, 0 (none) or 1. rewrite: what it should have said, "" for none."""
+    had been told, ending with the question. thumb: -1, 0 (none) or 1. rewrite: what to say instead, "" for none."""
 
     column: str
     quant: str

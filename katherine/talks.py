@@ -40,7 +40,7 @@ class Sampling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Answer(msgspec.Struct, frozen=True):
     """What one column said. note: why it waits or failed, in words. finish: as engines.Finish has it, "" before the end.
-    tokens: generated. seconds: from the question reaching the engine to the last token. first_token_seconds: the same
+    tokens: generated. seconds: from the question reaching the engine to the last token. first_token_seconds: same
     to the first, None before it came."""
 
     column: str
