@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from jobs.commands import datasets, machine, recipes, runs
 from jobs.commands.terminal import command, say
 from katherine.errors import KatherineError
-from katherine.settings import home
+from katherine.settings import hide_secrets, home
 
 WORDS = (datasets, recipes, runs, machine)
 
 
 def serve(options: argparse.Namespace) -> None:
+    hide_secrets()
     # Here, since Gradio takes two seconds to import, and no other word needs it.
     from ui import server
 

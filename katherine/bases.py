@@ -29,6 +29,22 @@ def tokenizer(home: Home, name: str) -> Path:
     return _folder(name) or _download(home, name, _TOKENIZER_FILES)
 
 
+def here(home: Home, name: str) -> Path | None:
+    """The folder of `tokenizer` as it lies on this machine, without asking the hub whether there is a newer one: what a
+    base was trained with is what it is talked to with. None where it would have to be fetched. Raises NotFound for a
+    folder that is no base's."""
+    if name == SMALL or (folder := _folder(name)) is not None:
+        return tokenizer(home, SMALL) if name == SMALL else folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = Path(snapshot_download(name, cache_dir=home.cache / "hub", local_files_only=True))
+    except (OSError, ValueError, HFValidationError):
+        return None
+    return found if (found / "tokenizer.json").is_file() else None
+
+
 def counting(home: Home, name: str) -> tuple[str, str]:
     """Whose tokenizer counts and renders: (`name`, ""), or the small base and why, where the tokenizer of `name` cannot
     be had here. Raises NotFound, and SetupError where not even the small base's can."""
@@ -73,16 +89,16 @@ def _download(home: Home, name: str, patterns: tuple[str, ...]) -> Path:
         "cache_dir": home.cache / "hub",
         "allow_patterns": list(patterns),
         # False, not None: None would let the library use a token cached on this machine, unasked.
-        "token": secret("HF_TOKEN") or False,
+        "token": secret("HF_READ_TOKEN") or False,
     }
     try:
         return Path(snapshot_download(**arguments))
     except HFValidationError as error:
         raise NotFound(f"The base {name!r} is neither a folder nor a hub id such as Qwen/Qwen3.5-9B.") from error
     except GatedRepoError as error:
-        raise SetupError(f"The base {name} is gated: accept its terms on the hub and set HF_TOKEN.") from error
+        raise SetupError(f"The base {name} is gated: accept its terms on the hub and set HF_READ_TOKEN.") from error
     except RepositoryNotFoundError as error:
-        raise NotFound(f"The hub knows no model {name}, or it is private and HF_TOKEN is not set.") from error
+        raise NotFound(f"The hub knows no model {name}, or it is private and HF_READ_TOKEN is not set.") from error
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskError(

@@ -37,7 +37,8 @@ HUB_SECONDS = 5
 SETUP = "bash bootstrap.sh setup"
 SETUP_ANEW = "bash bootstrap.sh setup --again"
 SECRET_USES = {
-    "HF_TOKEN": "gated bases need it",
+    "HF_READ_TOKEN": "gated bases and private datasets need it",
+    "HF_TOKEN": "the push needs it, with the right to write",
     "RUNPOD_API_KEY": "auto-stop needs it; a RunPod pod has one of its own",
 }
 

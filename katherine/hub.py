@@ -109,7 +109,7 @@ def fetch(home: Home, text: str, progress: Progress) -> Path:
     """Downloads the JSONL files of a place on the hub into a folder of the inbox, and returns that folder. It appears
     whole or not at all; what a broken attempt had finished is used by the next one of the same place.
 
-    Phases "list" and "download" (steps: MB). The token is HF_TOKEN, and no other that this machine may know.
+    Phases "list" and "download" (steps: MB). The token is HF_READ_TOKEN, and no other that this machine may know.
 
     Raises DataError for what is no place, NotFound where there is none or nothing in it, SetupError where the hub
     cannot be reached or a token is missing, DiskError, Stopped.
@@ -257,17 +257,17 @@ def _asked(place: Place, ask: Callable[[], Any]) -> Any:
         RevisionNotFoundError,
     )
 
-    token = "" if secret("HF_TOKEN") else " Set HF_TOKEN if it is private."
+    token = "" if secret("HF_READ_TOKEN") else " Set HF_READ_TOKEN if it is private."
     try:
         return ask()
     except GatedRepoError as error:
-        raise SetupError(f"{place} is gated: accept its terms on the hub, with the account of HF_TOKEN.") from error
+        raise SetupError(f"{place} is gated: accept its terms on the hub, as the owner of HF_READ_TOKEN.") from error
     except RevisionNotFoundError as error:
         raise NotFound(f"{place.kind}s/{place.id} has no revision {place.revision!r}.") from error
     except EntryNotFoundError as error:
         raise NotFound(f"There is no {place.path or 'such file'} in {place.kind}s/{place.id}.") from error
     except (RepositoryNotFoundError, BucketNotFoundError) as error:
-        private = token or " If it is private, HF_TOKEN may not read it."
+        private = token or " If it is private, HF_READ_TOKEN may not read it."
         raise NotFound(f"The hub knows no {place.kind} {place.id}.{private}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
@@ -290,7 +290,7 @@ def _api() -> Any:
 
 
 def _token() -> str | bool:
-    return secret("HF_TOKEN") or False
+    return secret("HF_READ_TOKEN") or False
 
 
 class _Bounded(httpx.Client):

@@ -1,7 +1,9 @@
 """Where things live, and which secrets exist. KATHERINE_HOME is the one variable that redirects all state."""
 
+import json
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,12 @@ _SECRET_SHAPED = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KEY|PRIVATE_KEY|SESSION_KEY", re.I
 )
 _NOT_SECRET = frozenset({"TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN"})
-SECRETS = ("HF_TOKEN", "KATHERINE_OPERATOR_PASSWORD", "KATHERINE_REVIEWER_PASSWORD", "RUNPOD_API_KEY")
+# HF_TOKEN may write, and is the push's alone. What only fetches (a gated base, a private dataset) is given
+# HF_READ_TOKEN: trainings run a great deal of other people's code.
+SECRETS = ("HF_TOKEN", "HF_READ_TOKEN", "KATHERINE_OPERATOR_PASSWORD", "KATHERINE_REVIEWER_PASSWORD", "RUNPOD_API_KEY")
+# Where `hide_secrets` finds them again; the number of a descriptor, which is closed once it is read.
+_HIDDEN_IN = "KATHERINE_HIDDEN_IN"
+_hidden: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +59,34 @@ def home() -> Home:
 
 def secret(name: str) -> str | None:
     """A secret from the environment, or None where it is absent or blank."""
-    return os.environ.get(name, "").strip() or None
+    return _hidden.get(name, os.environ.get(name, "")).strip() or None
+
+
+def hide_secrets() -> None:
+    """Take everything secret-shaped out of this process's environment for good, and keep it in memory alone.
+
+    /proc/<pid>/environ shows what a process was started with, whatever it removes later, to every other process of the
+    same user, trainings and engines among them. So this starts the process anew, in its place and with its number, and
+    hands the secrets over in memory. Call it before anything else is done."""
+    if (handle := os.environ.pop(_HIDDEN_IN, None)) is not None:
+        with open(int(handle), "rb") as held:
+            _hidden.update(json.loads(held.read()))
+        return
+    found = {name: value for name, value in os.environ.items() if _is_secret(name)}
+    if not found:
+        return
+    memory = os.memfd_create("secrets", 0)
+    os.write(memory, json.dumps(found).encode())
+    os.lseek(memory, 0, os.SEEK_SET)
+    kept = {name: value for name, value in os.environ.items() if name not in found}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], kept | {_HIDDEN_IN: str(memory)})
 
 
 def child_environment(*keep: str, **extra: str) -> dict[str, str]:
     """This process's environment without anything secret-shaped, except the names in `keep`; `extra` on top."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in keep or name in _NOT_SECRET or not _SECRET_SHAPED.search(name)
-    }
-    return kept | extra
+    known = dict(os.environ) | _hidden
+    return {name: value for name, value in known.items() if name in keep or not _is_secret(name)} | extra
+
+
+def _is_secret(name: str) -> bool:
+    return name not in _NOT_SECRET and bool(_SECRET_SHAPED.search(name))

@@ -33,11 +33,18 @@ _LAUNCH_UNCHECKED = (0.50, 0.44, 0.83)
 _REACHED = (0.6, 0.8, 0.4)
 # FLOPs by token and weight with frozen weights: 2 forward, 2 backward, 2 to do the forward again with checkpointing.
 _FORWARD, _BACKWARD = 2, 2
-_CONVERT = 83.0  # to a 17.9 GB GGUF
-_QUANTISE = {"q4_k_m": 66.0, "q5_k_m": 52.0, "q6_k": 34.0}  # on 16 cores
-_QUANTISE_CORES = 16
-# Merging and checking were never timed at this size. The first estimate for merge and GGUF together was 16 minutes.
-_EXPORT_FIRST = 960.0
+# 37 s with the checkpoint in the page cache; about two minutes from a cold disk.
+_MERGE = (37.0, 30.0, 120.0)
+_CONVERT = 89.0  # 83 and 95 s, to a 17.9 GB GGUF
+_QUANTISE = {"q4_k_m": 64.0, "q5_k_m": 53.0, "q6_k": 35.0}  # on 16 cores; each within 3 s, twice
+_EXPORT_CORES = 16
+# A check of 256 generated tokens and some 460 read ones: 36 s for each of the three quants, 72 s for the 16-bit file,
+# on the processor. A token that is read counts as a tenth of one that is generated.
+_CHECKED = {"quant": 36.0 / (256 + 46), "bf16": 72.0 / (256 + 46)}
+# Where llama.cpp is built for the card it is several times quicker; by how much was never timed.
+_CHECKED_ON_CARD = 0.1
+# Tokens of a usual reply in the recipe's corpus, and of an example as a whole.
+_REPLY, _EXAMPLE = 40, 100
 
 # GiB of a micro-batch's activations by padded token: what 16 rows more cost (10.2 - 9.6 to 10.6 - 9.6 GiB, 3,200
 # tokens), and without checkpointing 57.5 - 9.6 GiB at 16 rows, 107.9 - 10.6 at 32.
@@ -234,13 +241,15 @@ def memory(
 def exporting(cores: int | None, each: ExportRecipe, shape: Shape) -> dict[str, Figure]:
     """Seconds of an export's parts. cores: None where the machine is not at hand, which is then taken to have those of
     the measured one."""
-    files = (1 + len(each.quants)) / 4  # the unquantised one is checked as well; both measured exports made three more
     if shape.parameters <= CPU_LARGEST:
+        # The unquantised file is checked as well; the measured export made three more.
+        files = (1 + len(each.quants)) / 4
         value = _CPU_EXPORT * files * shape.parameters / SMALL * _CPU_CORES / (cores or _CPU_CORES)
         return {"all of it": Figure(value, value / _CPU_RANGE, value * _CPU_RANGE, _DEMO)}
     size = shape.parameters / NINE_B
-    faster = _QUANTISE_CORES / (cores or _QUANTISE_CORES)
-    parts = {"convert": _around(_CONVERT, _H200).times(size)}
+    faster = _EXPORT_CORES / (cores or _EXPORT_CORES)
+    parts = {"merge": _of(_MERGE, _H200).times(size), "convert": _around(_CONVERT, _H200).times(size)}
+    parts["check bf16"] = _checking("bf16", each).times(size * faster)
     quickest, slowest = min(_QUANTISE.values()), max(_QUANTISE.values())
     for quant in each.quants:
         usual = _QUANTISE.get(quant)
@@ -249,9 +258,19 @@ def exporting(cores: int | None, each: ExportRecipe, shape: Shape) -> dict[str, 
             _around(usual, _H200) if usual else Figure((quickest + slowest) / 2, quickest * 0.7, slowest * 1.5, _H200)
         )
         parts[f"quantise {quant}"] = said.times(size * faster)
-    rest = max(_EXPORT_FIRST - _CONVERT - sum(_QUANTISE.values()), 0.0)
-    unmeasured = Figure(rest / 2, 0.0, rest, "merge and checks never timed at this size: a first estimate halved")
-    return parts | {"merge and checks": unmeasured.times(size * files)}
+        parts[f"check {quant}"] = _checking("quant", each).times(size * faster)
+    return parts
+
+
+def _checking(what: str, each: ExportRecipe) -> Figure:
+    """Seconds of one file's check on the measured machine: every example is read twice and answered, and most replies
+    end long before the limit."""
+    read = each.check_examples * _EXAMPLE + min(each.check_tokens, each.check_examples * _EXAMPLE)
+    value, most = (
+        _CHECKED[what] * (each.check_examples * reply + read / 10)
+        for reply in (min(_REPLY, each.max_new_tokens), each.max_new_tokens)
+    )
+    return Figure(value, value * _CHECKED_ON_CARD, most, _H200)
 
 
 def _around(seconds: float, basis: str) -> Figure:

@@ -195,13 +195,13 @@ def test_one_that_is_deaf_is_killed_by_the_second_stop(home, stalled):
 
 
 def test_only_the_secrets_that_a_kind_needs_reach_its_process(home, stalled, monkeypatch):
-    for name in ("HF_TOKEN", "RUNPOD_API_KEY", "KATHERINE_OPERATOR_PASSWORD"):
+    for name in ("HF_TOKEN", "HF_READ_TOKEN", "RUNPOD_API_KEY", "KATHERINE_OPERATOR_PASSWORD"):
         monkeypatch.setenv(name, f"secret-{name}")
     errand = downloading(ask_fetch(home))
     environment = Path(f"/proc/{errand.status().pid}/environ").read_bytes()
-    assert b"secret-HF_TOKEN" in environment
-    assert b"secret-RUNPOD" not in environment and b"PASSWORD" not in environment
-    assert not any("HF_TOKEN" in path.read_text() for path in errand.path.iterdir())
+    assert b"secret-HF_READ_TOKEN" in environment
+    assert not any(other in environment for other in (b"secret-HF_TOKEN", b"secret-RUNPOD", b"PASSWORD"))
+    assert not any("secret-" in path.read_text() for path in errand.path.iterdir())
 
 
 def test_a_full_disk_is_said_with_what_to_do(home, tmp_path):

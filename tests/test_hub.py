@@ -116,11 +116,11 @@ def test_a_private_dataset_needs_the_token_and_only_the_named_one_is_used(fetch,
     cached.mkdir()
     (cached / "token").write_text("hf_right")
     refused = fetch("owner/talk", HF_HOME=str(cached))
-    assert (refused["kind"], "Set HF_TOKEN if it is private" in refused["error"]) == ("NotFound", True)
+    assert (refused["kind"], "Set HF_READ_TOKEN if it is private" in refused["error"]) == ("NotFound", True)
     assert not any(authorization for _, authorization, _ in there.asked)
-    wrong = fetch("owner/talk", HF_TOKEN="hf_wrong")
-    assert "HF_TOKEN may not read it" in wrong["error"] and "hf_wrong" not in wrong["error"]
-    assert "folder" in fetch("owner/talk", HF_TOKEN="hf_right")
+    wrong = fetch("owner/talk", HF_READ_TOKEN="hf_wrong")
+    assert "HF_READ_TOKEN may not read it" in wrong["error"] and "hf_wrong" not in wrong["error"]
+    assert "folder" in fetch("owner/talk", HF_READ_TOKEN="hf_right")
 
 
 @pytest.fixture
