@@ -35,12 +35,14 @@ NICENESS = 5
 class Kind:
     """What a kind of run does. work: the stage, which returns what goes into result.json. complete: a recipe's values
     with its defaults filled in, or RecipeError. secrets: names of secrets that its process may see. obstacles: given
-    the home, a dataset's id and a recipe, why the work would fail, as far as can be told beforehand."""
+    the home, a dataset's id and a recipe, why the work would fail, as far as can be told beforehand. frozen: texts that
+    the run keeps in its out folder from its birth, since they may change before it begins: file name → text."""
 
     work: Callable[[Home, Run, Progress], dict[str, Any]]
     complete: Callable[[dict[str, Any]], dict[str, Any]]
     secrets: tuple[str, ...] = ()
     obstacles: Callable[[Home, str, dict[str, Any]], list[str]] = lambda home, dataset, recipe: []
+    frozen: Callable[[Home, dict[str, Any]], dict[str, str]] = lambda home, recipe: {}
 
 
 def _complete(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -80,16 +82,25 @@ def _probe(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
     export, trained = _parent(home, run).out, adapters(home, run)
     from katherine import probes
 
+    expected = run.record.inputs.get(probes.FROZEN)
+    if expected is not None and probes.fingerprint(run.out) != expected:
+        raise DataError(f"{run.out / probes.FROZEN} is not the set that the run was asked for with: start a new run.")
     return probes.run(export, trained, _recipe(run), run.out, progress)
 
 
+def _probe_set(home: Home, recipe: dict[str, Any]) -> dict[str, str]:
+    from katherine import probes
+
+    return {probes.FROZEN: probes.text_of(home, recipe["probes"])}
+
+
 # Those that look for the base on the hub, where some bases open only to a token that accepted their terms.
-_HUB = ("HF_TOKEN",)
+_HUB = ("HF_READ_TOKEN",)
 KINDS = {
     "sft": Kind(_sft, partial(_complete, "sft"), _HUB, obstacles.sft),
     "dpo": Kind(_dpo, partial(_complete, "dpo"), _HUB, obstacles.dpo),
     "export": Kind(_export, partial(_complete, "export"), _HUB, obstacles.export),
-    "probe": Kind(_probe, partial(_complete, "probe"), _HUB, obstacles.probe),
+    "probe": Kind(_probe, partial(_complete, "probe"), _HUB, obstacles.probe, _probe_set),
 }
 
 
