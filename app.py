@@ -5,12 +5,25 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from jobs.commands import datasets, machine, recipes, runs
+from jobs.commands import (
+    approval,
+    chat,
+    datasets,
+    machine,
+    probes,
+    publish,
+    recipes,
+    review,
+    runs,
+    talks,
+    verdicts,
+)
 from jobs.commands.terminal import command, say
 from katherine.errors import KatherineError
 from katherine.settings import hide_secrets, home
 
-WORDS = (datasets, recipes, runs, machine)
+# In the order of the work.
+WORDS = (datasets, recipes, runs, chat, talks, probes, review, verdicts, approval, publish, machine)
 
 
 def serve(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.past import write_past
 from jobs import queue
-from katherine import bases, corpus, probes, recipe, runs, settings
+from katherine import bases, corpus, probesets, recipe, runs, settings
 from katherine.runs import Run, State
 from katherine.settings import PROJECT, Home
 from katherine.template import ChatTemplate
@@ -142,7 +142,7 @@ def _training(home: Home) -> Iterator[Run]:
     """A real SFT of the small base through the queue, past its first step when this begins, killed when it ends."""
     sft = recipe.preset("demo", recipe.SftRecipe, {"num_train_epochs": 50, "save_steps": 100_000})
     template = ChatTemplate.load(bases.tokenizer(home, sft.base))
-    dataset = corpus.prepare([probes.SAMPLE], home, template=template, base=sft.base, max_length=sft.max_length)
+    dataset = corpus.prepare([probesets.SAMPLE], home, template=template, base=sft.base, max_length=sft.max_length)
     run = queue.submit(home, "sft", recipe=sft.model_dump(mode="json"), who="bench.panel", dataset=dataset.id)
     try:
         while (status := run.status()).step < 2:

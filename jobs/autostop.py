@@ -230,8 +230,8 @@ def acknowledge(home: Home) -> None:
 
 
 def begin(home: Home, after: str) -> bool:
-    """Called when the queue has run empty after run `after`: starts the countdown, if that is wanted on this machine
-    and none is under way. Returns whether it started one."""
+    """Called when the queue has run empty after run `after`, or a chat has ended ("chat"): starts the countdown, if
+    that is wanted on this machine and none is under way. Returns whether it started one."""
     if not settings(home).enabled or pod.here() is None:
         return False
     place = slot.bind(home, "autostop")
@@ -327,6 +327,9 @@ class _Count:
             # One that waits for somebody to resume its parent may wait for ever, at the pod's price.
             if not queue.blocked(self._home, seen.run):
                 raise _Cancelled(f"Run {seen.id} was queued: the pod is in use.")
+        # What is loaded to chat with was used within the last minutes: the pool unloads it otherwise.
+        if (holder := slot.holder(self._home)) is not None and holder.what == "chat":
+            raise _Cancelled("Somebody is chatting: the pod is in use.")
         if busy := errands.under_way(self._home):
             raise _Cancelled(f"Errand {busy[0].id} is under way: the pod is in use.")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jobs import pipeline, queue
-from katherine import bases, corpus, probes, recipe, runs
+from katherine import bases, corpus, probesets, recipe, runs
 from katherine.errors import KatherineError
 from katherine.runs import ENDED, Run, State
 from katherine.settings import Home
@@ -24,7 +24,7 @@ def run(home: Home, say: Callable[[str], None]) -> dict[str, Any]:
     sft = recipe.preset(PRESET, recipe.SftRecipe)
     template = ChatTemplate.load(bases.tokenizer(home, sft.base))
     dataset = corpus.prepare(
-        [probes.SAMPLE], home, template=template, base=sft.base, max_length=sft.max_length, name="sample"
+        [probesets.SAMPLE], home, template=template, base=sft.base, max_length=sft.max_length, name="sample"
     )
     seconds = {"prepare": round(time.monotonic() - began, 1)}
     counts = dataset.report

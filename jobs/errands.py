@@ -1,4 +1,4 @@
-"""Small background work that needs no GPU: preparing a dataset, fetching files, comparing datasets. Each errand is a
+"""Small background work that needs no GPU: preparing a dataset, fetching files, pushing an export. Each errand is a
 folder and a detached process that carries it out, so that it outlives the page that asked. What is done is katherine's;
 runs, which take the GPU in turn, are the queue's.
 
@@ -13,7 +13,6 @@ import re
 import secrets
 import shutil
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,8 +23,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from jobs import detached, queue, slot
-from katherine import runs
+from jobs import detached, printed, queue, slot
+from katherine import audit, runs
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import ENDED, State, Status
@@ -214,26 +213,30 @@ def _forget_old(home: Home) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """work: does it, and returns what goes into result.json. secrets: names of secrets that its process may see."""
+    """work: does it, and returns what goes into result.json. secrets: names of secrets that its process may see.
+    stopped: what is left of it after a stop, in words."""
 
     work: Callable[[Home, dict[str, Any], Progress], dict[str, Any]]
     secrets: tuple[str, ...] = ()
+    stopped: str = "Nothing was kept."
 
 
 def _prepare(home: Home, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """request: `paths`, or `dataset` whose files are taken again; then the options of corpus.prepare."""
+    """request: `paths`, or `dataset` whose files are taken again and `also`, files that are added to them; then the
+    options of corpus.prepare."""
     from katherine import bases, corpus
     from katherine.template import ChatTemplate
 
     options = dict(request)
     paths, dataset = options.pop("paths", None), options.pop("dataset", None)
+    also = [Path(path) for path in options.pop("also", ())]
     progress.phase("look for the tokenizer")
     base, remark = bases.counting(home, options.pop("base"))
     if remark:
         progress.say(remark)
     template = ChatTemplate.load(bases.tokenizer(home, base))
     if dataset is not None:
-        made = corpus.change(home, dataset, template=template, base=base, progress=progress, **options)
+        made = corpus.change(home, dataset, also=also, template=template, base=base, progress=progress, **options)
     else:
         files = [Path(path) for path in paths or []]
         made = corpus.prepare(files, home, template=template, base=base, progress=progress, **options)
@@ -258,11 +261,64 @@ def _compare(home: Home, request: dict[str, Any], progress: Progress) -> dict[st
     return {"sft": asdict(found.sft), "dpo": asdict(found.dpo), "options": options}
 
 
+def _approve(home: Home, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """request: `export`, `who`, `role`, `note`, and `files` unless it is for all that passed. The role is what the web
+    process or the command line knows of the asker, never what a page says."""
+    from katherine import approval
+
+    given = approval.approve(
+        home,
+        request["export"],
+        who=request["who"],
+        role=request["role"],
+        note=request.get("note", ""),
+        files=request.get("files"),
+        progress=progress,
+    )
+    return {"approval": given.id}
+
+
+def _verify(home: Home, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """request: `export`, whose approved files are read whole."""
+    from katherine import approval
+
+    return {"approval": approval.require(home, request["export"], progress).id}
+
+
+def _push(home: Home, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """request: `export`, `to`, `who` and `role`, and `repo` where it goes to a model repository too. The role is what
+    the web process or the command line knows of the asker, never what a page says."""
+    from katherine import publish
+
+    receipt = publish.push(
+        home,
+        request["export"],
+        request["to"],
+        who=request["who"],
+        role=request["role"],
+        also_repo=request.get("repo") or None,
+        progress=progress,
+    )
+    return {"receipt": receipt.id}
+
+
+def _base(home: Home, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """request: `export`, whose bare base is made into a file to talk to."""
+    from katherine import bare_base
+
+    return {"column": bare_base.make(home, request["export"], progress).id}
+
+
 KINDS = {
     # Both look on the hub: for a tokenizer, which a gated base gives only to a token that accepted its terms.
-    "prepare": Kind(_prepare, ("HF_TOKEN",)),
-    "fetch": Kind(_fetch, ("HF_TOKEN",)),
+    "prepare": Kind(_prepare, ("HF_READ_TOKEN",)),
+    "fetch": Kind(_fetch, ("HF_READ_TOKEN",)),
     "compare": Kind(_compare),
+    # Where the base is not on this machine any more.
+    "base": Kind(_base, ("HF_READ_TOKEN",)),
+    "approve": Kind(_approve),
+    "verify": Kind(_verify),
+    "push": Kind(_push, ("HF_TOKEN",), "What had arrived stays there, without a manifest. Push again to finish it."),
 }
 
 
@@ -279,8 +335,10 @@ class ErrandProgress:
         self._save_sometimes(now=True)
 
     def step(self, step: int, of: int) -> None:
+        first = of > 0 and not self._status.of
         self._status = replace(self._status, step=step, of=of)
-        self._save_sometimes()
+        # The first one at once: else a short phase, and the begin of a long one, would look as if nothing moved.
+        self._save_sometimes(now=first)
 
     def metric(self, **values: float | int | str | None) -> None:
         print(json.dumps(values), flush=True)
@@ -301,7 +359,7 @@ class ErrandProgress:
 
     def end(self, state: State, reason: str = "", remedy: str = "") -> None:
         # The whole text is in the log; a reason has to fit on a screen.
-        changes = queue.ended(state) | {"reason": reason[:2000], "remedy": remedy}
+        changes = queue.ended(state) | {"reason": audit.without_secrets(reason)[:2000], "remedy": remedy}
         self._status = replace(self._status, **changes)
         runs.write_json(self._path, asdict(self._status))
 
@@ -335,7 +393,7 @@ def _carry_out(home: Home, errand: Errand) -> int:
         runs.write_json(errand.path / "result.json", result)
         end: tuple[State, str, str] = (State.succeeded, "", "")
     except (SystemExit, Stopped):
-        end = (State.cancelled, "Stopped by you. Nothing was kept.", "")
+        end = (State.cancelled, f"Stopped by you. {KINDS[errand.kind].stopped}", "")
     except Exception as error:
         traceback.print_exc()
         end, code = (State.failed, *_explain(error, errand)), 1
@@ -352,8 +410,8 @@ def main() -> int:
     asked = arguments.parse_args()
     os.set_inheritable(asked.place, False)
     home = Home(asked.home)
-    code = _carry_out(home, load(home, asked.errand))
-    sys.stdout.flush()
+    with printed.without_secrets():
+        code = _carry_out(home, load(home, asked.errand))
     # Without waiting for threads that a library may have left hanging in the network.
     os._exit(code)
 

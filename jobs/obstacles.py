@@ -3,7 +3,7 @@ dataset, the recipe and this machine show it without loading a model. One functi
 
 from typing import Any
 
-from katherine import gguf, gpu, probes, shelf
+from katherine import columns, gguf, gpu, probesets, shelf
 from katherine.errors import KatherineError, SetupError
 from katherine.settings import Home
 
@@ -34,8 +34,14 @@ def export(home: Home, dataset: str, recipe: dict[str, Any]) -> list[str]:
 
 
 def probe(home: Home, dataset: str, recipe: dict[str, Any]) -> list[str]:
+    found = []
     try:
-        probes.load(recipe["probes"])
+        probesets.load(home, recipe["probes"])
     except KatherineError as error:
-        return [str(error)]
-    return []
+        found.append(str(error))
+    for column in recipe["columns"]:
+        try:
+            columns.get(home, column)
+        except KatherineError as error:
+            found.append(str(error))
+    return found

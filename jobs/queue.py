@@ -1,6 +1,7 @@
 """What is asked of runs: start, stop, resume, wait. The queue is the run folders themselves; every change of a run
 that no supervisor is carrying out happens here, under one mutex. Carrying runs out is the supervisor's."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -47,12 +48,15 @@ def submit(
     parent or the dataset.
     """
     recipe = complete(kind, recipe)
+    files = worker_module(WORKER).KINDS[kind].frozen(home, recipe)
     inputs = dict(inputs or {}) | _fingerprints(home, dataset)
     if parent is not None:
         runs.load(home, parent)
     with slot.mutex(home):
         _mark_interrupted(home)
-        run = _found_or_made(home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs)
+        run = _found_or_made(
+            home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs, files=files
+        )
         if start:
             _wake(home)
     return run
@@ -65,6 +69,8 @@ def submit_chain(
     kind → recipe, in order. Asked for again while they are unfinished, by however many at once, they are the same
     runs. Raises as submit does, before anything is queued."""
     asked = {kind: complete(kind, recipe) for kind, recipe in stages.items()}
+    kinds = worker_module(WORKER).KINDS
+    frozen = {kind: kinds[kind].frozen(home, recipe) for kind, recipe in asked.items()}
     inputs = _fingerprints(home, dataset)
     if parent is not None:
         runs.load(home, parent)
@@ -74,9 +80,10 @@ def submit_chain(
         _mark_interrupted(home)
         for kind, recipe in asked.items():
             above = queued[-1].id if queued else parent
-            queued.append(
-                _found_or_made(home, kind, recipe=recipe, who=who, parent=above, dataset=dataset, inputs=inputs)
+            made = _found_or_made(
+                home, kind, recipe=recipe, who=who, parent=above, dataset=dataset, inputs=inputs, files=frozen[kind]
             )
+            queued.append(made)
         _wake(home)
     return queued
 
@@ -90,15 +97,20 @@ def _found_or_made(
     parent: str | None,
     dataset: str | None,
     inputs: dict[str, str],
+    files: dict[str, str],
 ) -> Run:
-    """The unfinished run of an equal request, unless it has been asked to stop, or a new one."""
+    """The unfinished run of an equal request, unless it has been asked to stop, or a new one. files: texts that it is
+    to keep, which make the request another where they differ."""
+    kept = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
     for run, _ in unfinished(home):
         record = run.record
-        if control(run).exists():
+        if control(run).exists() or any(record.inputs.get(name) != digest for name, digest in kept.items()):
             continue
         if (record.kind, record.parent, record.dataset, record.recipe) == (kind, parent, dataset, recipe):
             return run
-    return runs.create(home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs)
+    return runs.create(
+        home, kind, recipe=recipe, who=who, parent=parent, dataset=dataset, inputs=inputs | kept, files=files
+    )
 
 
 def _fingerprints(home: Home, dataset: str | None) -> dict[str, str]:
@@ -234,6 +246,11 @@ def next_runnable(home: Home) -> Run | None:
     are cancelled on the way; behind an interrupted parent they stay, to go on when it is resumed. Call it under the
     mutex."""
     _settle(home)
+    return first_waiting(home)
+
+
+def first_waiting(home: Home) -> Run | None:
+    """The run that begins next, as soon as the GPU is free; None where none is queued that could. Changes nothing."""
     for run, status in unfinished(home):
         if status.state is State.queued and _parent_state(home, run) in (None, State.succeeded):
             return run

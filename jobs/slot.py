@@ -1,15 +1,10 @@
 """Things that one process at a time may hold: the GPU, the queue's mutex, the supervisor's place. Owns the holding
 and the naming of the holder; what is done meanwhile is the holder's affair."""
 
-import errno
-import hashlib
 import json
 import os
-import random
 import socket
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,52 +13,13 @@ from types import TracebackType
 from katherine import runs
 from katherine.errors import Busy, KatherineError
 from katherine.settings import Home
+from katherine.turns import bind, is_held, turn
 
 
-def _address(home: Home, name: str) -> bytes:
-    # Abstract Unix sockets (a leading zero byte) live in the kernel, not in a file system: a network volume's locks
-    # cannot be trusted, and here a second bind fails and the death of the last holder frees the name, always.
-    # The names are those of one network namespace: a home is used from one machine or container at a time.
-    place = f"{os.path.realpath(home.root)}\0{name}".encode(errors="surrogateescape")
-    return b"\0katherine-" + hashlib.sha256(place).hexdigest().encode()
-
-
-def bind(home: Home, name: str) -> socket.socket | None:
-    """The socket that stands for holding `name` in this home, or None while somebody else has it. It is held until
-    every copy of its descriptor is closed, those inherited by children included."""
-    # Datagram, since such a socket can be asked whether it is bound (see is_held) without listening.
-    held = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    try:
-        held.bind(_address(home, name))
-    except OSError as error:
-        held.close()
-        if error.errno == errno.EADDRINUSE:
-            return None
-        raise
-    return held
-
-
-def is_held(home: Home, name: str) -> bool:
-    """Whether somebody holds `name`; asking never gets in a taker's way."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as asking:
-        try:
-            asking.connect(_address(home, name))
-        except OSError:
-            return False
-    return True
-
-
-@contextmanager
-def mutex(home: Home, patience: float = 30.0) -> Iterator[None]:
+def mutex(home: Home, patience: float = 30.0) -> AbstractContextManager[None]:
     """Held for the moment it takes to change the queue. It does not nest. Raises Busy after `patience` seconds: a
     change takes milliseconds, so by then its holder has been frozen."""
-    deadline = time.monotonic() + patience
-    while (held := bind(home, "queue")) is None:
-        if time.monotonic() > deadline:
-            raise Busy(f"Another process has been changing the queue in {home.root} for {patience:.0f} s. Try again.")
-        time.sleep(random.uniform(0.002, 0.01))  # uneven, so that many waiters do not knock in step
-    with held:
-        yield
+    return turn(home, "queue", "the queue", patience)
 
 
 @dataclass(frozen=True, slots=True)

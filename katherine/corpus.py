@@ -150,6 +150,7 @@ def change(
     home: Home,
     dataset_id: str,
     *,
+    also: Sequence[Path] = (),
     include_uncurated: bool | Collection[str] = False,
     leave_out: Collection[str] = (),
     template: ChatTemplate | None = None,
@@ -158,12 +159,18 @@ def change(
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Another dataset from the files of one that is there, those left out then included, with other choices. The
-    options are `prepare`'s; so is what it raises, and NotFound for the id."""
+    """Another dataset from the files of one that is there, those left out then included, with other choices. also:
+    files that are added to them, by names that none of those has. The other options are `prepare`'s; so is what it
+    raises, and NotFound for the id."""
     path = folder(home, dataset_id)
     report = msgspec.json.decode((path / "report.json").read_bytes(), type=_Files)
     files = [(file["file"], path / "raw" / file["raw"]) for file in report.by_file]
     sources = [Source(label, raw) for label, raw in files if raw.is_file()]
+    if also:
+        added, _ = _sources(also)
+        if taken := {source.label for source in added} & {source.label for source in sources}:
+            raise DataError(f"Dataset {dataset_id} has a file of this name already: {', '.join(sorted(taken))}.")
+        sources = sorted([*sources, *added], key=lambda source: source.label)
     options = _Options(include_uncurated, leave_out, template, base, max_length, name, progress or Quiet())
     return _prepare(sources, [], home, options)
 

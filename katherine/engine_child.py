@@ -63,6 +63,7 @@ class Model:
         self.context = llama.llama_init_from_model(self.model, wanted)
         if not self.context:
             raise Refused(f"llama.cpp cannot make a context of {wanted.n_ctx} tokens for it (out of memory?)")
+        self.threads = threads
         self.length = llama.llama_n_ctx(self.context)
         self.memory = llama.llama_get_memory(self.context)
         self.batch = llama.llama_batch_init(BATCH, 0, 1)
@@ -184,11 +185,13 @@ class Model:
         top_k: int,
         min_p: float,
         seed: int,
+        threads: int | None,
         stop: threading.Event,
     ) -> Iterator[dict[str, Any]]:
         """Yields {"text"} as words come, whole characters only, then {"done"}: why and when it ended."""
         self._check(ids)
         began = time.monotonic()
+        llama.llama_set_n_threads(self.context, threads or self.threads, self.threads)
         reused = self._rewind(ids)
         sampler = self._sampler(temperature, top_p, top_k, min_p, seed)
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -334,7 +337,8 @@ def _answers(model: Model, request: dict[str, Any], cancel: Cancel) -> Iterator[
             yield {"done": ids}
         case "generate":
             cancel.begin(request["number"])
-            yield from model.generate(request["ids"], **request["sampling"], stop=cancel.stop)
+            asked = request["sampling"] | {"threads": request["threads"]}
+            yield from model.generate(request["ids"], **asked, stop=cancel.stop)
         case "score":
             yield {
                 "done": model.score(

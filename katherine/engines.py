@@ -32,6 +32,8 @@ ANSWER_SECONDS = 300.0
 # cores, waking sleepers at each of a token's thousand barriers could cost more than it saves, so those spin as usual.
 FEW_CORES = 4
 SPINS = "100"
+# How often a loading looks whether it is still wanted, in seconds.
+LOOK = 0.2
 # As much of the child's log as an error can show.
 LOG_LINES = 6
 
@@ -93,9 +95,11 @@ class Engine:
         check_tensors: bool = False,
         load_seconds: float = LOAD_SECONDS,
         answer_seconds: float = ANSWER_SECONDS,
+        abandon: threading.Event | None = None,
     ):
         """`context` in tokens, cut to what the model was trained for. `gpu_layers`: how many layers go to a GPU, -1
-        for all; without a GPU it has no effect. `check_tensors` has llama.cpp look for broken numbers."""
+        for all; without a GPU it has no effect. `check_tensors` has llama.cpp look for broken numbers. `abandon`, set
+        from another thread, ends the loading (EngineError)."""
         self.path = Path(path).absolute()
         if not self.path.is_file():
             raise NotFound(f"There is no model file {self.path}: export again, or name another.")
@@ -120,10 +124,14 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self._log,
             cwd=PROJECT,
-            env=child_environment(**({"GOMP_SPINCOUNT": SPINS} if cores() <= FEW_CORES else {})),
+            env=child_environment(
+                # Else llama.cpp calls a debugger on an assertion that failed, whose pages hide which one it was.
+                GGML_NO_BACKTRACE="1",
+                **({"GOMP_SPINCOUNT": SPINS} if cores() <= FEW_CORES else {}),
+            ),
         )
         try:
-            self._meta = self._last(load_seconds)
+            self._meta = self._next(load_seconds, abandon)["done"]
         except BaseException:
             self.close()
             raise
@@ -132,6 +140,10 @@ class Engine:
     def pid(self) -> int:
         """The child's process id."""
         return self._child.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._closed and self._child.poll() is None
 
     def __enter__(self) -> Self:
         return self
@@ -175,9 +187,11 @@ class Engine:
         top_k: int = 40,
         min_p: float = 0.05,
         seed: int = 0,
+        threads: int | None = None,
     ) -> "Generation":
         """A stream of text for a prompt's ids; 0 is greedy. What the context still holds of them is not read again.
-        The defaults of the sampling are llama.cpp's."""
+        The defaults of the sampling are llama.cpp's. `threads`: for this reply's tokens, after its prompt was read with
+        all of the engine's; fewer where other engines answer at the same time."""
         self._turn.acquire()
         self._number += 1
         sampling = {
@@ -189,7 +203,8 @@ class Engine:
             "seed": seed,
         }
         try:
-            self._send({"op": "generate", "number": self._number, "ids": list(prompt), "sampling": sampling})
+            request = {"number": self._number, "ids": list(prompt), "sampling": sampling, "threads": threads}
+            self._send({"op": "generate", **request})
         except BaseException:
             self._turn.release()
             raise
@@ -239,8 +254,9 @@ class Engine:
     def _last(self, seconds: float) -> Any:
         return self._next(seconds)["done"]
 
-    def _next(self, seconds: float) -> dict[str, Any]:
-        """The child's next answer; raises EngineError for its refusal, its death, or silence of `seconds`."""
+    def _next(self, seconds: float, abandon: threading.Event | None = None) -> dict[str, Any]:
+        """The child's next answer; raises EngineError for its refusal, its death, silence of `seconds`, or once it is
+        to be abandoned."""
         assert self._child.stdout is not None
         handle = self._child.stdout.fileno()
         waiting = poll()
@@ -248,7 +264,11 @@ class Engine:
         deadline = time.monotonic() + seconds
         while b"\n" not in self._unread:
             left = deadline - time.monotonic()
-            if left <= 0 or not waiting.poll(left * 1000):
+            if not waiting.poll(max(0.0, min(left, LOOK) if abandon else left) * 1000):
+                if abandon and abandon.is_set():
+                    raise EngineError(f"The loading of {self.path} was given up.")
+                if left > LOOK and abandon:
+                    continue
                 self._child.kill()
                 raise EngineError(
                     f"The engine of {self.path} said nothing for {seconds:.0f} s and was ended. Is the machine out of "

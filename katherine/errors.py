@@ -58,6 +58,14 @@ class ExportError(KatherineError, RuntimeError):
     """A merge, conversion or quantisation that failed."""
 
 
+class ApprovalError(KatherineError, RuntimeError):
+    """An export that is not approved, or may not be by whoever asks. Every reason is a line of the message."""
+
+
+class PublishError(KatherineError, RuntimeError):
+    """A push that cannot begin, or did not come to its end. Pushed again, it goes on from what is there."""
+
+
 class EngineError(KatherineError, RuntimeError):
     """A model process that did not load, crashed, or answered out of protocol."""
 
@@ -68,3 +76,8 @@ class PodError(KatherineError, RuntimeError):
     def __init__(self, message: str, *, passing: bool = False):
         super().__init__(message)
         self.passing = passing
+
+
+class ReviewError(KatherineError, ValueError):
+    """What a reviewer asked for cannot be done. Said in words for somebody who knows nothing of models: no ids, paths
+    or names of files, which would also tell the answers apart."""

@@ -459,9 +459,11 @@ def _probing(
 
 
 def _asked(made: Mapping[str, Recipe], each: Recipe) -> int:
+    assert isinstance(each, ProbeRecipe)
     exported = made.get("export")
     files = len(exported.quants) + exported.keep_unquantised if isinstance(exported, ExportRecipe) else 0
-    return files + (1 + sum(kind in made for kind in ("sft", "dpo")) if getattr(each, "stages", False) else 0)
+    own = min(files, len(each.quants) or files) if each.own else 0
+    return own + len(each.columns) + (1 + sum(kind in made for kind in ("sft", "dpo")) if each.stages else 0)
 
 
 # ---------------------------------------------------------------------------------------------------- disk

@@ -26,7 +26,7 @@ from katherine.template import ChatTemplate
 
 MANIFEST = "manifest.json"
 # Headers, vocabularies and the file system's own rounding; measured they are under 1%.
-_MARGIN = 1.03
+MARGIN = 1.03
 # transformers' classes whose multi-token prediction is dropped on saving, so that the converter must not expect it.
 _WITH_MTP = re.compile(r"Qwen3_5|Qwen3Next")
 
@@ -62,7 +62,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     folder.mkdir(parents=True)
     seconds: dict[str, float] = {}
     part = functools.partial(_part, seconds, progress)
-    name = _slug(base.name)
+    name = slug(base.name)
     unquantised = folder / f"{name}-{gguf.UNQUANTISED}.gguf"
     try:
         with part("merge"):
@@ -70,12 +70,12 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
             drift = merge.merge(adapter, base, template, samples, merged, progress, max_kl=recipe.max_kl)
             progress.say(f"Drift from base and adapter: {drift.kl:.5f} nats a token, top-1 {drift.top1:.1%}.")
         with part("convert"):
-            without_mtp = bool(_WITH_MTP.match(base.model_class))
+            without_mtp = has_mtp(base.model_class)
             tensors = gguf.convert(place, merged, unquantised, progress, name=name, without_mtp=without_mtp)
             shutil.rmtree(merged)
         with part("measure"):
             sizes = gguf.sizes(unquantised, recipe.quants, progress)
-            _require(out, int(sum(sizes.values()) * _MARGIN) + rows * shape.vocabulary * 4, "Quantising")
+            require_room(out, int(sum(sizes.values()) * MARGIN) + rows * shape.vocabulary * 4, "Quantising")
         reference.touch()
         judge = functools.partial(
             acceptance.examine,
@@ -119,7 +119,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
         unquantised.unlink()
     manifest = {
         "base": base.name,
-        "adapter_sha256": _sha256(adapter / adapters.WEIGHTS),
+        "adapter_sha256": sha256(adapter / adapters.WEIGHTS),
         "template_sha256": hashlib.sha256(template.baked.encode()).hexdigest(),
         "drift": asdict(drift) | {"kl": drift.kl if math.isfinite(drift.kl) else None, "passed": drift.passed},
         "versions": runs.versions(),
@@ -144,7 +144,7 @@ def offered(manifest: Path) -> list[dict[str, Any]]:
         found = []
         for entry in entries:
             path = manifest.parent / Path(entry["file"]).name
-            if entry["accepted"] is True and _unchanged(path, entry["bytes"], entry["sha256"]):
+            if entry["accepted"] is True and is_unchanged(path, entry["bytes"], entry["sha256"]):
                 found.append(entry | {"path": str(path)})
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{manifest} is damaged ({type(error).__name__}: {error}): export again.") from error
@@ -169,7 +169,7 @@ def _entry(path: Path, quant: str, found: acceptance.Examined, seconds: dict[str
         "quant": quant,
         "file": path.name,
         "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
+        "sha256": sha256(path),
         "bits_per_weight": found.bits_per_weight,
         "architecture": found.meta.get("architecture"),
         "tensors": found.meta.get("tensors"),
@@ -193,7 +193,12 @@ def _tell(progress: Progress, entry: dict[str, Any]) -> None:
             progress.say(f"{entry['file']} is not accepted. {check['name']}: {check['finding']}.")
 
 
-def _slug(base: str) -> str:
+def has_mtp(model_class: str) -> bool:
+    """Whether checkpoints of that class of transformers may hold multi-token prediction."""
+    return bool(_WITH_MTP.match(model_class))
+
+
+def slug(base: str) -> str:
     """The base's own name, fit for a file's."""
     return re.sub(r"[^a-z0-9.]+", "-", Path(base).name.lower()).strip("-.") or "model"
 
@@ -235,15 +240,16 @@ def fullest(shape: Shape, quants: Sequence[str], rows: int) -> int:
     checking (16-bit GGUF, all quants, and `rows` of the reference's log-probabilities)."""
     sixteen = shape.parameters * 2
     small = sum(gguf.nominal_bytes(shape.parameters, name, shape.width) for name in quants)
-    return int(max(2 * sixteen, sixteen + small + rows * shape.vocabulary * 4) * _MARGIN)
+    return int(max(2 * sixteen, sixteen + small + rows * shape.vocabulary * 4) * MARGIN)
 
 
 def check_room(out: Path, shape: Shape, quants: Sequence[str], rows: int) -> None:
     """Raises DiskError where the export cannot fit at its fullest."""
-    _require(out, fullest(shape, quants, rows), "The export")
+    require_room(out, fullest(shape, quants, rows), "The export")
 
 
-def _require(out: Path, needed: int, what: str) -> None:
+def require_room(out: Path, needed: int, what: str) -> None:
+    """Raises DiskError where `out` has fewer bytes free than `what` needs."""
     place = out
     while not place.exists():
         place = place.parent
@@ -258,20 +264,23 @@ def _require(out: Path, needed: int, what: str) -> None:
 # ---------------------------------------------------------------------- sameness
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @functools.lru_cache(maxsize=256)
-def _sha256_of(path: Path, size: int, changed: int, inode: int) -> str:
-    """A GGUF's hash takes seconds: it is kept for as long as the file's size, time and inode are what they were."""
-    return _sha256(path)
+def _sha256_of(path: Path, size: int, written: int, changed: int, inode: int) -> str:
+    """A GGUF's hash takes seconds: it is kept for as long as the file's size, times and inode are what they were. Of
+    the times, anybody can set back the first, and nobody the second."""
+    return sha256(path)
 
 
-def _unchanged(path: Path, size: int, sha256: str) -> bool:
+def is_unchanged(path: Path, size: int, expected: str) -> bool:
+    """Whether the file has that size and sha256. Hashes it, unless it is known not to have changed since."""
     try:
         now = path.stat()
-        return now.st_size == size and _sha256_of(path, now.st_size, now.st_mtime_ns, now.st_ino) == sha256
+        known = now.st_size, now.st_mtime_ns, now.st_ctime_ns, now.st_ino
+        return now.st_size == size and _sha256_of(path, *known) == expected
     except OSError:
         return False

@@ -281,15 +281,20 @@ def _asked(place: Place, ask: Callable[[], Any]) -> Any:
         raise SetupError(f"The hub's answer about {place} cannot be used: {error}.") from error
 
 
-def _api() -> Any:
+def api(token: str | bool) -> Any:
+    """The hub's library, which asks with this token (False: with none) and never waits for ever."""
     from huggingface_hub import HfApi
 
     _session()
-    # False, not None: None would let the library use a token cached on this machine, unasked.
-    return HfApi(token=_token())
+    return HfApi(token=token)
+
+
+def _api() -> Any:
+    return api(_token())
 
 
 def _token() -> str | bool:
+    # False, not None: None would let the library use a token cached on this machine, unasked.
     return secret("HF_READ_TOKEN") or False
 
 

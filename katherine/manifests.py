@@ -55,6 +55,7 @@ class Manifest(msgspec.Struct, frozen=True):
     drift: dict[str, Any]
     seconds: dict[str, float]
     adapter_sha256: str = ""
+    template_sha256: str = ""
 
 
 def read(run: Run) -> Manifest:
@@ -70,8 +71,13 @@ def read(run: Run) -> Manifest:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _read(path: Path, changed: int, size: int) -> Manifest:
+    return parse(path, path.read_bytes())
+
+
+def parse(path: Path, content: bytes) -> Manifest:
+    """What a manifest's file holds. Raises DataError where it is damaged or names a file outside its folder."""
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}): export again.") from error
     for entry in manifest.files:

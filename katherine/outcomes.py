@@ -2,6 +2,7 @@
 where it is needed: runs.result, manifests, Run.metrics."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +29,8 @@ class Outcome:
     """None, or nothing in it, stands for what this kind of run does not have, or does not have yet.
 
     steps: optimiser steps made. losses and margin as training logs them. files: an export's. probes: model → (asked,
-    passed). hourly: dollars an hour of the machine, as priced when the run began. damage: why the result could not be
-    read.
+    passed), without those that no rule decided. hourly: dollars an hour of the machine, as priced when the run began.
+    damage: why the result could not be read.
     """
 
     steps: int | None = None
@@ -44,11 +45,16 @@ class Outcome:
     @property
     def asked(self) -> int:
         """Probes put to the exported files; the base and the adapters are asked fewer, and only to compare."""
-        return sum(asked for model, asked, _ in self.probes if is_file(model))
+        return sum(asked for _, asked, _ in self._counted)
 
     @property
     def passed(self) -> int:
-        return sum(passed for model, _, passed in self.probes if is_file(model))
+        return sum(passed for *_, passed in self._counted)
+
+    @property
+    def _counted(self) -> Sequence[tuple[str, int, int]]:
+        """The export's own files; where none of them was asked, all that were."""
+        return [each for each in self.probes if is_file(each[0])] or self.probes
 
     @property
     def accepted(self) -> int:
@@ -71,8 +77,9 @@ class Outcome:
 
 
 def is_file(model: str) -> bool:
-    """Whether a probe run's model is an exported file, not the base or a stage's adapter."""
-    return model != "base" and model not in KINDS
+    """Whether a probe run's model is a file of the export that was probed, not the base, a stage's adapter, or a column
+    that was asked beside them (whose name is its id, with a colon)."""
+    return model != "base" and model not in KINDS and ":" not in model
 
 
 def read(run: Run, status: Status) -> Outcome:
@@ -105,7 +112,7 @@ def _of_result(result: dict[str, Any]) -> Outcome:
             File(str(file["quant"]), int(file["bytes"]), file["accepted"] is True) for file in result.get("files", ())
         ),
         probes=tuple(
-            (str(model), int(counts["asked"]), int(counts["passed"]))
+            (str(model), int(counts["asked"]) - int(counts.get("undecided", 0)), int(counts["passed"]))
             for model, counts in result.get("models", {}).items()
         ),
     )
@@ -135,7 +142,7 @@ def figures(run: Run, status: Status) -> dict[str, Any]:
                     found |= {f"{file['quant']}: {each}": file.get(each) for each in _OF_FILE}
             elif name == "models":
                 found |= {
-                    f"{model}: probes passed": f"{counts['passed']} of {counts['asked']}"
+                    f"{model}: probes passed": f"{counts['passed']} of {counts['asked'] - counts.get('undecided', 0)}"
                     for model, counts in value.items()
                 }
             elif name == "drift":

@@ -359,7 +359,7 @@ class ProbeRecipe(Recipe):
 
     probes: str = _field(
         "katherine",
-        "A probe set: a name in the sample folder, or a path to a TOML file.",
+        "A probe set: its name in the Probes tab, or a path to a TOML file.",
         CHOSEN,
         min_length=1,
         title="Probe set",
@@ -379,12 +379,40 @@ class ProbeRecipe(Recipe):
         title="Ask the stages too",
         first=True,
     )
+    own: bool = _field(
+        True, "Ask the files of the export that the run is started on.", CHOSEN, title="Ask the export's own files"
+    )
+    quants: tuple[str, ...] = _field(
+        (),
+        "Of the export's own files only these; empty asks all that it offers.",
+        CHOSEN,
+        title="Of its own files only",
+        suggestions=("q4_k_m", "q5_k_m", "q6_k"),
+    )
+    columns: tuple[str, ...] = _field(
+        (),
+        "What else to ask, as RUN:quant or base:NAME: files of other exports, or the bare base once it was made.",
+        CHOSEN,
+        title="Other files to ask",
+        max_length=32,
+    )
 
     @field_validator("probes")
     @classmethod
     def _file_from_anywhere(cls, value: str) -> str:
         # A bare name is a set's, even where a folder is called alike.
         return _absolute(value) if value.endswith(".toml") else value
+
+    def conflicts(self) -> list[str]:
+        found = []
+        if not (self.own or self.columns or self.stages):
+            found.append("Nothing would be asked: own and stages are off, and columns is empty.")
+        if self.quants and not self.own:
+            found.append("quants names files of the export, but own is off: turn it on, or empty quants.")
+        for name, values in (("quants", self.quants), ("columns", self.columns)):
+            if len(set(values)) != len(values):
+                found.append(f"{name} names one twice: {', '.join(values)}.")
+        return found
 
 
 KINDS: dict[str, type[Recipe]] = {r.kind: r for r in (SftRecipe, DpoRecipe, ExportRecipe, ProbeRecipe)}

@@ -1,7 +1,8 @@
-"""Examples as training sees them, for looking at: the rendered text in pieces, the learned ones marked. A tokenizer of
-a quarter of a million words takes hundreds of MB and seconds to read, so `Renderer` keeps it in a child process, which
-ends when it has not been asked for a while. What the template makes of an example is template's."""
+"""Examples as training sees them, for looking at: the rendered text in pieces, the learned ones marked; and prompts, as
+ids. A tokenizer of a quarter of a million words takes hundreds of MB and seconds to read, so `Renderer` keeps it in a
+child process, which ends when it has not been asked for a while. What becomes of an example is template's."""
 
+import hashlib
 import itertools
 import os
 import select
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 
 from katherine import bases
-from katherine.errors import KatherineError
+from katherine.errors import KatherineError, SetupError, TemplateError
 from katherine.examples import Conversation, Message, Preference
 from katherine.settings import PROJECT, Home, child_environment
 from katherine.template import ChatTemplate
@@ -28,6 +29,8 @@ LONGEST = 50_000
 IDLE = 300.0
 # Twice what the longest page of examples takes on a busy machine; a child that is slower hangs.
 ANSWERS_WITHIN = 20.0
+# A prompt may first need its tokenizer fetched: 20 MB, over a network that would be too slow for a base's 19 GB anyway.
+PROMPT_WITHIN = 120.0
 
 
 class Piece(msgspec.Struct, frozen=True):
@@ -58,8 +61,17 @@ class Answer(msgspec.Struct, frozen=True):
 
 class _Request(msgspec.Struct, frozen=True):
     base: str
-    conversations: list[Conversation]
-    preferences: list[Preference]
+    conversations: list[Conversation] = []
+    preferences: list[Preference] = []
+    prompt: list[Message] | None = None
+
+
+class _Prompt(msgspec.Struct, frozen=True):
+    """problem: why there are no ids, in words."""
+
+    ids: list[int] = []
+    template_sha256: str = ""
+    problem: str = ""
 
 
 Example = Conversation | Preference
@@ -142,6 +154,37 @@ class Renderer:
         thread.join(patience)
         return None if thread.is_alive() else self._ask(base, examples, patience)
 
+    def prompt(self, base: str, messages: Sequence[Message], template_sha256: str = "") -> list[int]:
+        """The inference prompt: exactly the ids of ChatTemplate.prompt with the base's own tokenizer, never another's.
+        Takes as long as the tokenizer takes to be read: not for a handler.
+
+        Raises SetupError where the tokenizer cannot be had, and TemplateError where the base's template cannot be used,
+        or is not the one that was baked into a file (`template_sha256`, where given)."""
+        request = _Request(base, prompt=list(messages))
+        if not self._asking.acquire(timeout=PROMPT_WITHIN):
+            raise SetupError(f"Another base's tokenizer has been read for {PROMPT_WITHIN:.0f} s. Try again.")
+        try:
+            for _ in range(2):  # once more where it had just gone to sleep
+                try:
+                    answer = _prompt(self._exchange(request, PROMPT_WITHIN))
+                    break
+                except TimeoutError as error:
+                    self.close()
+                    raise SetupError(f"The tokenizer of {base} cannot be had: {error}. Try again.") from None
+                except (OSError, msgspec.MsgspecError) as error:
+                    self.close()
+                    answer = _Prompt(problem=f"{type(error).__name__}: {error}")
+        finally:
+            self._asking.release()
+        if answer.problem:
+            raise SetupError(f"The tokenizer of {base} cannot be had: {answer.problem}")
+        if template_sha256 and answer.template_sha256 != template_sha256:
+            raise TemplateError(
+                f"The chat template of {base} is not the one that this file was made with: prompts would not be those "
+                "that it was trained on. Export again."
+            )
+        return answer.ids
+
     def close(self) -> None:
         """End the child; the next request starts another."""
         child, self._child = self._child, None
@@ -171,7 +214,8 @@ class Renderer:
         try:
             for _ in range(2):  # once more where it had just gone to sleep
                 try:
-                    return self._exchange(request)
+                    # Fetching and reading a tokenizer has no bound of its own; rendering has.
+                    return _answer(self._exchange(request, ANSWERS_WITHIN if examples else None))
                 except (OSError, msgspec.MsgspecError, TimeoutError) as error:
                     self.close()
                     remark = f"The examples cannot be rendered here ({type(error).__name__}: {error})."
@@ -179,7 +223,8 @@ class Renderer:
             self._asking.release()
         return Answer([plain(example) for example in examples], "", remark)
 
-    def _exchange(self, request: _Request) -> Answer:
+    def _exchange(self, request: _Request, within: float | None) -> bytes:
+        """The child's answer. Raises OSError where it is gone, TimeoutError where it is silent for `within` seconds."""
         if not self._is_up():
             self.close()
             self._child = subprocess.Popen(
@@ -189,20 +234,19 @@ class Renderer:
                 stderr=subprocess.DEVNULL,
                 cwd=PROJECT,
                 # A base that is not here yet is fetched from the hub, where some open only to a token.
-                env=child_environment("HF_TOKEN"),
+                env=child_environment("HF_READ_TOKEN"),
             )
         assert self._child is not None and self._child.stdin is not None and self._child.stdout is not None
         self._child.stdin.write(msgspec.json.encode(request) + b"\n")
         self._child.stdin.flush()
-        # Fetching and reading a tokenizer has no bound of its own; rendering has.
-        if request.conversations or request.preferences:
-            ready, _, _ = select.select([self._child.stdout], [], [], ANSWERS_WITHIN)
-            if not ready:
-                raise TimeoutError(f"no answer within {ANSWERS_WITHIN:.0f} s")
-        return _answer(self._child.stdout.readline())
+        ready, _, _ = select.select([self._child.stdout], [], [], within)
+        if not ready:
+            raise TimeoutError(f"no answer within {within:.0f} s")
+        return self._child.stdout.readline()
 
 
 _answer = msgspec.json.Decoder(Answer).decode
+_prompt = msgspec.json.Decoder(_Prompt).decode
 
 
 class _Templates:
@@ -210,16 +254,15 @@ class _Templates:
 
     def __init__(self, home: Home):
         self._home = home
+        self._loaded: dict[Path, ChatTemplate] = {}
         self._read: dict[str, tuple[ChatTemplate | None, str, str]] = {}
 
     def get(self, base: str) -> tuple[ChatTemplate | None, str, str]:
-        """(template, whose it is, remark)."""
+        """(template, whose it is, remark); the small base's where the base's own cannot be had."""
         if base not in self._read:
             try:
                 counted, remark = bases.counting(self._home, base)
-                template = ChatTemplate.load(bases.tokenizer(self._home, counted))
-                template.reply("")  # makes what it makes once, here rather than with the first example
-                self._read[base] = template, counted, remark
+                self._read[base] = self._load(bases.tokenizer(self._home, counted)), counted, remark
             except KatherineError as error:
                 self._read[base] = None, "", str(error)
             except Exception as error:
@@ -227,6 +270,24 @@ class _Templates:
                     None, "", f"The tokenizer of {base} cannot be read ({type(error).__name__}: {error})."
                 )  # fmt: skip
         return self._read[base]
+
+    def prompt(self, base: str, messages: Sequence[Message]) -> _Prompt:
+        """By the base's own tokenizer or none. A failure is not kept: the hub may be back at the next question."""
+        try:
+            template = self._load(bases.here(self._home, base) or bases.tokenizer(self._home, base))
+            baked = hashlib.sha256(template.baked.encode()).hexdigest()
+            return _Prompt(template.prompt(messages), baked)
+        except KatherineError as error:
+            return _Prompt(problem=str(error))
+        except Exception as error:
+            return _Prompt(problem=f"{type(error).__name__}: {error}")
+
+    def _load(self, folder: Path) -> ChatTemplate:
+        if folder not in self._loaded:
+            template = ChatTemplate.load(folder)
+            template.reply("")  # makes what it makes once, here rather than with the first example
+            self._loaded[folder] = template
+        return self._loaded[folder]
 
 
 def _serve(home: Home, idle: float) -> None:
@@ -245,6 +306,10 @@ def _serve(home: Home, idle: float) -> None:
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
             request = decode(line)
+            if request.prompt is not None:
+                answers.write(msgspec.json.encode(templates.prompt(request.base, request.prompt)) + b"\n")
+                answers.flush()
+                continue
             template, base, remark = templates.get(request.base)
             examples: list[Example] = [*request.conversations, *request.preferences]
             rendered = [render(example, template) for example in examples]

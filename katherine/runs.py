@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -223,8 +223,10 @@ def create(
     parent: str | None = None,
     dataset: str | None = None,
     inputs: dict[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
 ) -> Run:
-    """A new run folder in state queued. The folder appears whole: it is filled beside its place and renamed."""
+    """A new run folder in state queued, with `files` (name → text) in its out folder. The folder appears whole: it is
+    filled beside its place and renamed."""
     created = now()
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     run_id = f"{stamp}-{kind}-{secrets.token_hex(3)}"
@@ -232,6 +234,8 @@ def create(
     home.runs.mkdir(parents=True, exist_ok=True)
     draft = home.runs / f".{run_id}"
     (draft / "out").mkdir(parents=True)
+    for name, text in (files or {}).items():
+        (draft / "out" / name).write_text(text, encoding="utf-8")
     write_json(draft / "run.json", asdict(record))
     write_json(draft / "status.json", asdict(Status(State.queued)))
     draft.rename(home.runs / run_id)

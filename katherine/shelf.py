@@ -177,7 +177,7 @@ def problems_csv(home: Home, dataset_id: str) -> Iterator[str]:
     write(["severity", "file", "line", "reason", "text"])
     for problem in every_problem(home, dataset_id):
         line = "" if problem.line is None else problem.line
-        write([problem.severity, _inert(problem.file), line, _inert(problem.reason), _inert(problem.text)])
+        write([problem.severity, inert(problem.file), line, inert(problem.reason), inert(problem.text)])
         if out.tell() > 2**16:  # in pieces of 64 KB: few writes, little memory
             yield out.getvalue()
             out.seek(0)
@@ -185,7 +185,7 @@ def problems_csv(home: Home, dataset_id: str) -> Iterator[str]:
     yield out.getvalue()
 
 
-def _inert(text: str) -> str:
+def inert(text: str) -> str:
     """A spreadsheet would run what begins like a formula."""
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from katherine import corpus, findings, intake, lines, probes, runs, shelf
+from katherine import corpus, findings, intake, lines, probesets, runs, shelf
 from katherine.errors import Busy, DataError, DiskError, NotFound
 from katherine.examples import Conversation, Message, Preference
 from katherine.progress import Quiet, Stopped
@@ -1019,7 +1019,7 @@ def test_there_is_no_histogram_of_nothing():
 
 
 def test_the_sample_is_a_whole_corpus_without_a_rejected_line(home):
-    report = corpus.prepare([probes.SAMPLE], home).report
+    report = corpus.prepare([probesets.SAMPLE], home).report
     assert report["sft"]["unique"] >= 80
     assert report["dpo"]["curated"] >= 24
     assert report["sft"]["rejected"] + report["dpo"]["rejected"] + report["unrecognised"] == 0

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_stand_in import Hub, hub
+from hub_stand_in import Hub, HubStandIn
 
 from jobs import errands, queue, slot
 from jobs.errands import Errand
@@ -42,7 +42,7 @@ def home(tmp_path: Path, katherine_home: Home, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def stalled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that lets a download begin and then says nothing more: an errand that lasts."""
-    with hub() as made:
+    with HubStandIn() as made:
         made.files["owner/talk"] = {"a.jsonl": b"{}\n" * 100}
         made.stalls.add("a.jsonl")
         monkeypatch.setenv("HF_ENDPOINT", made.endpoint)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_stand_in import Hub, hub
+from hub_stand_in import Account, Bucket, Hub, HubStandIn
 
 from katherine import hub as asked
 from katherine.errors import DataError
@@ -19,7 +19,7 @@ LINE = b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", 
 
 @pytest.fixture
 def there() -> Iterator[Hub]:
-    with hub() as made:
+    with HubStandIn() as made:
         made.files["owner/talk"] = {"a.jsonl": LINE * 3, "more/b.jsonl": LINE * 50, "README.md": b"# talk"}
         yield made
 
@@ -126,18 +126,25 @@ def test_a_private_dataset_needs_the_token_and_only_the_named_one_is_used(fetch,
 @pytest.fixture
 def bucket(there: Hub, tmp_path: Path) -> Hub:
     """A bucket that the hub's own library has filled."""
-    there.store = str(tmp_path / "store")
-    Path(there.store).mkdir()
+    there.store = tmp_path / "store"
+    there.store.mkdir()
+    there.accounts[there.token] = Account("owner")
+    there.buckets["owner/data"] = Bucket(private=False)
     there.files["owner/data"] = {"a.jsonl": LINE * 3, "deep/b.jsonl": LINE * 5000, "c.txt": b"text"}
     script = (
         "import json, sys; from huggingface_hub import HfApi\n"
         "files = {name: text.encode() for name, text in json.load(sys.stdin).items()}\n"
-        "HfApi(token=False).batch_bucket_files('owner/data', add=[(data, name) for name, data in files.items()])"
+        "HfApi(token=sys.argv[1]).batch_bucket_files('owner/data', add=[(data, name) for name, data in files.items()])"
     )
     texts = json.dumps({name: content.decode() for name, content in there.files["owner/data"].items()})
     environment = os.environ | {"HF_ENDPOINT": there.endpoint, "HF_HUB_DISABLE_TELEMETRY": "1"}
     ran = subprocess.run(
-        [sys.executable, "-c", script], input=texts, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, there.token],
+        input=texts,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert ran.returncode == 0, ran.stderr
     return there

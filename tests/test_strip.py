@@ -15,9 +15,7 @@ from jobs.autostop import Phase
 from katherine import disk, prices, runs
 from katherine.errors import SetupError
 from katherine.gpu import GpuReading
-from katherine.history import History
 from katherine.pace import Pace
-from katherine.rendering import Renderer
 from katherine.runs import State
 from katherine.settings import Home
 from katherine.telemetry import Watch
@@ -31,7 +29,7 @@ class Page:
     def __init__(self, at: Home, cards: list[GpuReading] | Exception):
         self.cards = cards
         self.watch = Watch(in_use=lambda: slot.is_held(at, "gpu-0"), read=self._read, every=0.01)
-        self.panel = Panel(at, History(at), self.watch, Renderer(at))
+        self.panel = replace(Panel.of(at), watch=self.watch)
         self.visitor = Visitor(strip, self.panel)
 
     def _read(self) -> list[GpuReading]:

@@ -2,25 +2,30 @@
 would keep it. No browser, no server."""
 
 import asyncio
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gradio as gr
 from gradio.state_holder import SessionState
+from starlette.requests import Request
 
 from ui.edge import shown
 from ui.panel import Panel
+from ui.passwords import Role
 from ui.table import Table
 
 
 class Visitor:
-    def __init__(self, module: ModuleType, panel: Panel):
+    """role: as the door would have it; None stands for no request at all."""
+
+    def __init__(self, module: ModuleType, panel: Panel, role: Role | None = None):
         with gr.Blocks() as self.page:
             live = module.build(panel)
             # Stands for what the operator's page does when a tab is opened and every few seconds.
             self._clock = gr.Button("clock")
             self._clock.click(shown(live.refresh), list(live.inputs), list(live.outputs), queue=False)
         self._session = SessionState(self.page)
+        self._request = _request(role) if role else None
         self.shows: dict[int, dict[str, Any]] = {
             key: {"value": getattr(block, "value", None), "visible": getattr(block, "visible", True)}
             for key, block in self.page.blocks.items()
@@ -35,7 +40,9 @@ class Visitor:
         function = next(fn for fn in self.page.fns.values() if (block._id, event) in fn.targets)
         given = [self.shows[each._id]["value"] for each in function.inputs]
         heard = gr.EventData(None, data) if data else None
-        answer = asyncio.run(self.page.process_api(function, given, self._session, event_data=heard))
+        answer = asyncio.run(
+            self.page.process_api(function, given, self._session, request=self._request, event_data=heard)
+        )
         changed = set()
         for component, value in zip(function.outputs, answer["data"], strict=True):
             if isinstance(component, gr.State):
@@ -96,6 +103,11 @@ class Visitor:
         """Everything that goes into the page as HTML, tables and figures aside."""
         values = [self.shows[key]["value"] for key, block in self.page.blocks.items() if isinstance(block, gr.HTML)]
         return "\n".join(value for value in values if isinstance(value, str))
+
+
+def _request(role: Role) -> gr.Request:
+    visit = SimpleNamespace(session=SimpleNamespace(role=role))
+    return gr.Request(Request({"type": "http", "headers": [], "katherine.visit": visit}))
 
 
 def _text(cell: Any) -> str:

@@ -16,11 +16,12 @@ component_meta.create_or_modify_pyi = _no_stub  # type: ignore[assignment]
 HTML = gr.HTML
 
 
-def when_ready(call: str) -> str:
-    """JavaScript for `js_on_load` that makes the call as soon as static/katherine.js has come: Gradio loads what is in
-    a page's head beside its own scripts, in no certain order."""
-    waited = "new Promise((come) => addEventListener('katherine', come, { once: true }))"
-    return f"(window.katherine ? Promise.resolve() : {waited}).then(() => {{ {call}; }});"
+def when_ready(call: str, script: str = "katherine") -> str:
+    """JavaScript for `js_on_load` that makes the call as soon as the script has come that sets window.<script> and then
+    fires an event of that name, as static/katherine.js does: Gradio loads what is in a page's head beside its own
+    scripts, in no certain order."""
+    waited = f"new Promise((come) => addEventListener('{script}', come, {{ once: true }}))"
+    return f"(window.{script} ? Promise.resolve() : {waited}).then(() => {{ {call}; }});"
 
 
 class Choice(gr.Dropdown):

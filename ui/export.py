@@ -294,9 +294,11 @@ class _Page:
             except (KatherineError, OSError, ValueError):
                 result = {}
         told.visible("probes title", self.probes_title, bool(result))
+        # Without those that no rule decides; the Probes tab has them, and every answer.
         counts = [
-            [model, Cell(str(found["passed"]), sort=found["passed"]), Cell(str(found["asked"]), sort=found["asked"])]
+            [model, *(Cell(str(count), sort=count) for count in (found["passed"], found["asked"] - undecided))]
             for model, found in result.get("models", {}).items()
+            for undecided in (found.get("undecided", 0),)
         ]
         told.tell(
             "probes",

@@ -1,6 +1,7 @@
-"""Downloads: what of a run may be taken away, and the routes that give it. A name from an address is only ever compared
-with what is listed here; who may ask is the door's."""
+"""Downloads: what of a run, a dataset or a talk may be taken away, and the routes that give it. A name from an address
+is only ever compared with what is listed here; who may ask is the door's."""
 
+import json
 import os
 import stat
 from collections.abc import AsyncIterator
@@ -11,21 +12,25 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import anyio
+import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
-from katherine import corpus, logs, manifests, runs, shelf
+from katherine import approval, audit, corpus, logs, manifests, publish, runs, scorecard, shelf, talks
 from katherine.errors import DataError, NotFound
 from katherine.runs import Run
 from katherine.settings import Home
 
 PREFIX = "/operator/files"
+AUDIT = f"{PREFIX}/{audit.FILE}"
 # Each piece is a hop to a thread and back on the loop that serves pages: at Starlette's 64 kB, 110,000 in 7 GB.
 PIECE_BYTES = 1_000_000
 # private: no cache on the way keeps a persona's weights. no-transform: nor compresses, which would lose the length.
 HEADERS = {"Cache-Control": "private, no-cache, no-transform", "X-Content-Type-Options": "nosniff"}
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "base.json")
 LOG = "log.txt"
+# Of a probe run: made of its answers when it is asked for.
+RESULTS = "results.csv"
 # Of a dataset, beside its problems as CSV. None of them ever changes.
 DATASET_FILES = ("problems.jsonl", "rejects.jsonl", "report.json", "sft.jsonl", "dpo.jsonl")
 
@@ -56,6 +61,7 @@ def files(run: Run) -> list[File]:
         "result.json": False,
         "metrics.jsonl": True,
         "out/answers.jsonl": True,
+        "out/probes.toml": False,
         "out/gguf/manifest.json": False,
     }
     found = [
@@ -80,6 +86,16 @@ def dataset_address(dataset_id: str, name: str) -> str:
     return f"{PREFIX}/datasets/{quote(dataset_id, safe='')}/{quote(name)}"
 
 
+def export_address(export_id: str, name: str) -> str:
+    """The same for what was said and sent of an export: "approval.json", or "pushes/<receipt>.json"."""
+    return f"{PREFIX}/exports/{quote(export_id, safe='')}/{quote(name)}"
+
+
+def talk_address(talk_id: str, ending: str) -> str:
+    """The same for a talk's transcript; ending: "json" or "md"."""
+    return f"{PREFIX}/talks/{quote(talk_id, safe='')}.{ending}"
+
+
 def log_parts(run: Run) -> list[Path]:
     """The parts of the log, oldest first: one download."""
     return [path for path in logs.parts(run) if _is_ours(run, path)]
@@ -98,6 +114,13 @@ def add_routes(app: FastAPI, home: Home) -> None:
             return PlainTextResponse(str(error), 409, HEADERS)
         if name == LOG:
             return _snapshot(log_parts(run), f"{run.id}-{LOG}", request) if log_parts(run) else _nothing("No log yet.")
+        if name == RESULTS and run.record.kind == "probe":
+            try:
+                text = "".join(scorecard.as_csv(scorecard.read(run)))
+            except DataError as error:
+                return PlainTextResponse(str(error), 409, HEADERS)
+            headers = HEADERS | {"Content-Disposition": f'attachment; filename="{run.id}-{RESULTS}"'}
+            return Response(text.encode(errors="replace"), headers=headers, media_type="text/csv; charset=utf-8")
         for file in files(run):
             if file.name == name:
                 return _snapshot([file.path], file.saved_as, request) if file.grows else Whole.of(file)
@@ -116,6 +139,53 @@ def add_routes(app: FastAPI, home: Home) -> None:
         if name in DATASET_FILES:
             return Whole.of(File(name, folder / name, f"{dataset_id}-{name}"))
         return _nothing("There is no such file of this dataset.")
+
+    @app.api_route(PREFIX + "/talks/{talk_id}.{ending}", methods=["GET", "HEAD"], include_in_schema=False)
+    def transcript(talk_id: str, ending: str) -> Response:
+        try:
+            talk = talks.load(home, talk_id)
+        except NotFound:
+            return _nothing("There is no such talk.")
+        except DataError as error:
+            return PlainTextResponse(str(error), 409, HEADERS)
+        titles = talks.titles(home, talk)
+        if ending == "json":
+            text = json.dumps(talks.transcript(talk, titles), indent=2, ensure_ascii=False)
+        elif ending == "md":
+            text = talks.markdown(talk, titles)
+        else:
+            return _nothing("A talk is given as .json or .md.")
+        headers = HEADERS | {"Content-Disposition": f'attachment; filename="talk-{talk.id}.{ending}"'}
+        kind = "application/json" if ending == "json" else "text/markdown; charset=utf-8"
+        return Response(text.encode(errors="backslashreplace"), headers=headers, media_type=kind)
+
+    @app.api_route(AUDIT, methods=["GET", "HEAD"], include_in_schema=False)
+    def audit_log(request: Request) -> Response:
+        path = audit.path(home)
+        return _snapshot([path], path.name, request) if path.is_file() else _nothing("Nothing has been logged yet.")
+
+    @app.api_route(PREFIX + "/exports/{export_id}/approval.json", methods=["GET", "HEAD"], include_in_schema=False)
+    def approval_file(export_id: str) -> Response:
+        try:
+            path = approval.stored(home, runs.load(home, export_id).id)
+        except (NotFound, DataError):
+            return _nothing("There is no such export.")
+        return Whole.of(File("approval.json", path, f"{export_id}-approval.json"))
+
+    @app.api_route(
+        PREFIX + "/exports/{export_id}/pushes/{receipt_id}.json", methods=["GET", "HEAD"], include_in_schema=False
+    )
+    def receipt_file(export_id: str, receipt_id: str) -> Response:
+        try:
+            found = publish.receipts(home, export_id)
+        except (NotFound, DataError):
+            return _nothing("There is no such export.")
+        for receipt in found:
+            if receipt.id == receipt_id:
+                content = msgspec.json.format(msgspec.json.encode(receipt), indent=2)
+                headers = HEADERS | {"Content-Disposition": f'attachment; filename="push-{receipt.id}.json"'}
+                return Response(content, headers=headers, media_type="application/json")
+        return _nothing("There is no such receipt.")
 
     @app.api_route(PREFIX + "/{rest:path}", methods=["GET", "HEAD"], include_in_schema=False)
     def nothing(rest: str) -> Response:

@@ -24,6 +24,8 @@ from ui.told import Told
 UPLOAD_MB = 95
 # Ended errands that are still shown: what happened just now, and what it was compared with.
 SHOWN_ENDED = 3
+# The errands that are shown here.
+KINDS = ("prepare", "fetch")
 _STEPS = {"read": "MB read", "count": "examples", "download": "MB"}
 
 
@@ -211,7 +213,8 @@ class Inbox:
         return {self.memory: (memory or {}) | {"waiting": errand.id}} | self._begun(seen)
 
     def stop_newest(self, seen: dict[str, Any]) -> dict[Any, Any]:
-        for errand in errands.under_way(self.home)[:1]:
+        mine = [errand for errand in errands.under_way(self.home) if errand.kind in KINDS]
+        for errand in mine[:1]:
             errands.stop(self.home, errand.id)
         return self._begun(seen)
 
@@ -223,8 +226,8 @@ class Inbox:
     def _errands(self, told: Told) -> dict[Any, Any]:
         shown_ones, ended = [], 0
         for errand in errands.everyone(self.home):
-            # What is compared is shown where it was asked for.
-            if errand.kind == "compare":
+            # The others are shown where they were asked for.
+            if errand.kind not in KINDS:
                 continue
             try:
                 status = errand.status()

@@ -5,11 +5,11 @@ from types import ModuleType
 
 import gradio as gr
 
-from ui import dataset, export, history, recipe, strip, train
+from ui import chat, dataset, export, history, probes, publish, recipe, strip, train, verdicts
 from ui.edge import shown
 from ui.panel import Live, Panel
 
-TABS: tuple[ModuleType, ...] = (dataset, recipe, train, export, history)
+TABS: tuple[ModuleType, ...] = (dataset, recipe, train, export, chat, probes, verdicts, publish, history)
 
 _TOP = '<b>Katherine</b><nav><a href="/review/">Reviewer\'s page</a><a href="/logout">Log out</a></nav>'
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jobs import slot
+from jobs.asking import Asking
+from jobs.pool import Pool
 from katherine.curves import Cache
 from katherine.history import History
 from katherine.rendering import Renderer
@@ -15,17 +17,22 @@ from katherine.telemetry import Watch
 @dataclass(frozen=True, slots=True)
 class Panel:
     """home: where everything lies. history: its runs, read cheaply. watch: the GPUs, read while the server runs.
-    renderer: examples as training sees them. curves: runs' metrics, each row read once."""
+    renderer: examples as training sees them. pool: the engines that are loaded. asking: talks that are being answered.
+    curves: runs' metrics, each row read once."""
 
     home: Home
     history: History
     watch: Watch
     renderer: Renderer
+    pool: Pool
+    asking: Asking
     curves: Cache = field(default_factory=Cache)
 
     @classmethod
     def of(cls, home: Home) -> "Panel":
-        return cls(home, History(home), Watch(in_use=lambda: slot.is_held(home, "gpu-0")), Renderer(home))
+        renderer, pool = Renderer(home), Pool(home)
+        watch = Watch(in_use=lambda: slot.is_held(home, "gpu-0"))
+        return cls(home, History(home), watch, renderer, pool, Asking(home, pool, renderer))
 
 
 @dataclass(frozen=True, slots=True)

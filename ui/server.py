@@ -115,7 +115,8 @@ def _share_memory() -> None:
 def _watching(panel: Panel) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        with panel.watch, closing(panel.renderer):
+        # Ended in the opposite order: whoever asks, then what is asked.
+        with panel.watch, closing(panel.renderer), closing(panel.pool), closing(panel.asking):
             yield
 
     return life

@@ -29,7 +29,8 @@ def run_demo(options: argparse.Namespace) -> None:
         ["quant", "size", "bits/weight", "accepted", "perplexity", "KL", "top-1"],
     )  # fmt: skip
     print()
-    show([[m, f"{p['passed']} of {p['asked']}"] for m, p in result["probes"].items()], ["model", "probes passed"])
+    decided = {model: counts["asked"] - counts["undecided"] for model, counts in result["probes"].items()}
+    show([[m, f"{p['passed']} of {decided[m]}"] for m, p in result["probes"].items()], ["model", "probes passed"])
     for question, answers in result["answers"].items():
         print(f"\n{question}")
         for model, text in answers.items():
