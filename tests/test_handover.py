@@ -143,10 +143,10 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
     # A set of questions of one's own, written in the panel.
     me.open("probes")
     page.get_by_text("The probes of this set, and editing them").click()
-    me.button("Edit").click()
+    page.get_by_role("button", name="Edit", exact=True).locator("visible=true").first.click()
     page.get_by_label("The set as text").fill(SET)
     page.get_by_label("Save under the name").fill("short")
-    me.button("Save").click()
+    page.get_by_role("button", name="Save", exact=True).locator("visible=true").first.click()
     until(lambda: "short" in probesets.names(home), 15, "the set was not saved")
     me.picture("probes-edited")
 
