@@ -33,6 +33,8 @@ class Person:
 
     def picture(self, name: str) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)
+        # What stays at the top of the window would stand in the middle of a page that is scrolled down.
+        self.page.evaluate("scrollTo(0, 0)")
         self.page.wait_for_timeout(700)  # for a figure's or a tab's last frame: a picture, not a check
         self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
 

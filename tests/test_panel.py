@@ -1,28 +1,23 @@
-"""The operator's whole way in a real browser, on the small base: from dropping files to a finished export. Pictures of
-what was on the screen stay in KATHERINE_SCREENSHOTS, by default screenshots/ in the project."""
+"""The operator's way in a real browser, on the small base: from dropping files to a finished export, through a killed
+panel and a lost network. What comes after is test_handover's."""
 
 import hashlib
 import json
-import os
 import re
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from people import PHONE, Person, until
 
 from bench import past
 from jobs import queue
 from katherine import bases, corpus, drafts, probesets, runs, settings
 from katherine.runs import State
-from katherine.settings import PROJECT, Home
+from katherine.settings import Home
 from katherine.template import ChatTemplate
 
 pytestmark = pytest.mark.browser
-
-PICTURES = Path(os.environ.get("KATHERINE_SCREENSHOTS") or PROJECT / "screenshots")
-WIDE, PHONE = {"width": 1440, "height": 1000}, {"width": 390, "height": 844}
 
 
 @pytest.fixture
@@ -35,56 +30,19 @@ def home(tmp_path) -> Home:
     return Home(root)
 
 
-class Operator:
-    """A browser at the operator's page, and what its console complained of."""
-
-    def __init__(self, browser: Any, served: Any, **context: Any):
-        self._context = browser.new_context(**{"viewport": WIDE, "accept_downloads": True} | context)
-        self.page = self._context.new_page()
-        self.complaints: list[str] = []
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("dialog", lambda dialog: self.complaints.append(f"a dialog: {dialog.message}"))
-        served.log_in(self.page)
-        self.page.wait_for_selector("#tabs [role=tab]")
-
-    def open(self, tab: str) -> None:
-        self.page.wait_for_function("window.katherine !== undefined")
-        self.page.evaluate("(name) => katherine.openTab(name)", tab)
-        self.page.wait_for_function("(name) => location.hash === `#${name}`", arg=tab)
-
-    def picture(self, name: str) -> None:
-        PICTURES.mkdir(parents=True, exist_ok=True)
-        self.page.wait_for_timeout(700)  # for a figure's or a tab's last frame: a picture, not a check
-        self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
-
-    def button(self, name: str) -> Any:
-        return self.page.get_by_role("button", name=name).locator("visible=true").first
-
-    def close(self) -> None:
-        self._context.close()
-
-
 @pytest.fixture
 def at_the_panel(browser, serving, home) -> Iterator[Any]:
     """at_the_panel(): another operator at the same panel; .served is the panel."""
-    opened: list[Operator] = []
+    opened: list[Person] = []
 
-    def sit_down(**context: Any) -> Operator:
-        opened.append(Operator(browser, sit_down.served, **context))
+    def sit_down(**context: Any) -> Person:
+        opened.append(Person(browser, sit_down.served, **context))
         return opened[-1]
 
     sit_down.served = serving(home)
     yield sit_down
     for operator in opened:
         operator.close()
-
-
-def until(truth: Any, patience: float, what: str) -> Any:
-    deadline = time.monotonic() + patience
-    while not (found := truth()):
-        assert time.monotonic() < deadline, what
-        time.sleep(0.2)
-    return found
 
 
 # Every way in which markup could come to life: as HTML, as a script, as a template of JavaScript's or Handlebars'.
@@ -125,7 +83,7 @@ def test_what_came_from_data_models_and_file_names_is_only_ever_text(at_the_pane
     fill_with_evil(home)
     me = at_the_panel()
     seen: dict[str, str] = {}
-    for tab in ("dataset", "recipe", "train", "export", "history"):
+    for tab in ("dataset", "recipe", "train", "export", "chat", "probes", "review", "publish", "history"):
         me.open(tab)
         me.page.wait_for_timeout(2500)  # what may come to life gets the time to
         if tab == "dataset":
