@@ -27,7 +27,6 @@ WORDS = (datasets, recipes, runs, chat, talks, probes, review, verdicts, approva
 
 
 def serve(options: argparse.Namespace) -> None:
-    hide_secrets()
     # Here, since Gradio takes two seconds to import, and no other word needs it.
     from ui import server
 
@@ -58,4 +57,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hide_secrets()
     sys.exit(main())

@@ -24,8 +24,8 @@ from types import FrameType
 from typing import Any
 
 from jobs import detached, printed, queue, slot
-from katherine import audit, runs
-from katherine.errors import DataError, KatherineError, NotFound
+from katherine import audit, publish, runs
+from katherine.errors import Busy, DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import ENDED, State, Status
 from katherine.settings import Home
@@ -97,14 +97,18 @@ class Errand:
 
 def start(home: Home, kind: str, request: dict[str, Any], who: str) -> Errand:
     """Begin an errand. While one with the same kind and request is under way, that one is returned: a double click
-    starts once. Raises NotFound for the kind."""
+    starts once. Raises NotFound for the kind, Busy where another one of it must end first."""
     if kind not in KINDS:
         raise NotFound(f"There is no kind of errand {kind!r}; the kinds are {', '.join(KINDS)}.")
-    request = json.loads(json.dumps(request))
+    # A note may hold what somebody pasted by mistake.
+    request = audit.without_secrets(json.loads(json.dumps(request)))
+    alone = KINDS[kind].alone
     with slot.mutex(home):
         for errand in under_way(home):
             if (errand.kind, errand.request) == (kind, request):
                 return errand
+            if alone and errand.kind == kind and errand.request.get(alone) == request.get(alone):
+                raise Busy(f"Another {kind} errand is at work on {request[alone]}, for {errand.who}. Wait for its end.")
         errand = _create(home, kind, request, who)
         _spawn(home, errand)
         _forget_old(home)
@@ -203,9 +207,16 @@ def _spawn(home: Home, errand: Errand) -> None:
 
 
 def _forget_old(home: Home) -> None:
-    ended = [errand for errand in everyone(home)[KEPT:] if errand.status().state in ENDED]
-    for errand in ended:
-        shutil.rmtree(errand.path, ignore_errors=True)
+    for errand in everyone(home)[KEPT:]:
+        try:
+            if errand.status().state not in ENDED:
+                continue
+        except DataError:
+            pass  # damaged, or half removed when the machine went away: nobody can be told how it ended
+        # Out of sight first: a folder that is half removed must not be taken for an errand.
+        with suppress(OSError):
+            gone = errand.path.rename(errand.path.with_name(f".gone-{errand.path.name}"))
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------ in the errand's own process
@@ -214,11 +225,13 @@ def _forget_old(home: Home) -> None:
 @dataclass(frozen=True, slots=True)
 class Kind:
     """work: does it, and returns what goes into result.json. secrets: names of secrets that its process may see.
-    stopped: what is left of it after a stop, in words."""
+    stopped: what is left of it after a stop, in words. alone: the word of a request of which one is carried out at a
+    time; "" where any number may be."""
 
     work: Callable[[Home, dict[str, Any], Progress], dict[str, Any]]
     secrets: tuple[str, ...] = ()
     stopped: str = "Nothing was kept."
+    alone: str = ""
 
 
 def _prepare(home: Home, request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -316,9 +329,9 @@ KINDS = {
     "compare": Kind(_compare),
     # Where the base is not on this machine any more.
     "base": Kind(_base, ("HF_READ_TOKEN",)),
-    "approve": Kind(_approve),
-    "verify": Kind(_verify),
-    "push": Kind(_push, ("HF_TOKEN",), "What had arrived stays there, without a manifest. Push again to finish it."),
+    "approve": Kind(_approve, alone="export"),
+    "verify": Kind(_verify, alone="export"),
+    "push": Kind(_push, ("HF_TOKEN",), publish.LEFT),
 }
 
 

@@ -343,12 +343,17 @@ class Bucket:
                 return []
             return sorted(entry.path for entry in tree if entry.type == "file" and entry.path.startswith(f"{folder}/"))
 
-    def put(self, files: Sequence[Sending], tell: Callable[[int], None]) -> dict[str, str]:
+    def put(
+        self, files: Sequence[Sending], tell: Callable[[int], None], may: Callable[[], None] = lambda: None
+    ) -> dict[str, str]:
         """Sends the files and gives them their names, all at once: path → the hub's hash. It may be broken off: none of
-        them then has a name, or some have."""
+        them then has a name, or some have. Before they get their names, `may` has its say (it raises), and the bucket
+        is read back as private once more: sending takes long enough for both to change."""
         from huggingface_hub._buckets import _BucketAddFile
 
         found = self._hub.send("bucket", self.name, files, tell)
+        may()
+        self.check_private()
         with self._hub.words(self.what):
             added = [
                 _BucketAddFile(source=str(file.source), destination=file.path, xet_hash=xet, size=file.bytes)

@@ -30,7 +30,7 @@ import msgspec
 from katherine import approval, audit, manifests, modelcard, runs
 from katherine.approval import ADAPTER_FILES, Approval
 from katherine.destinations import Bucket, Hub, Repository, Sending, place, xet_of
-from katherine.errors import ApprovalError, Busy, DiskError, KatherineError, NotFound, PublishError
+from katherine.errors import ApprovalError, Busy, DiskError, NotFound, PublishError
 from katherine.progress import Progress, Stopped
 from katherine.runs import Run
 from katherine.settings import Home, secret
@@ -40,6 +40,8 @@ MANIFEST = "manifest.json"
 TOKEN = "HF_TOKEN"
 # Events of the audit log. The first is written before the first byte: a push that fails may have sent something.
 BEGUN, PUSHED = "push begun", "push"
+# What a push that was broken off leaves behind.
+LEFT = "What had arrived stays there, with a manifest only if all of it had. Push again to finish it."
 # A file's name goes into addresses, tables and shell commands.
 _PLAIN = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 _NO_HASH = "0" * 64
@@ -250,7 +252,7 @@ class _Push:
         self._hashes: dict[str, str] = {}
 
     def run(self, target: str, also_repo: str | None) -> Receipt:
-        given = approval.require(self._home, self._export.id, self._progress)
+        given = self._given = approval.require(self._home, self._export.id, self._progress)
         sources = _approved(self._home, self._export, given)
         for source in sources:
             _check_plain(self._home, source.file)
@@ -290,8 +292,8 @@ class _Push:
             if repository:
                 try:
                     commit = self._to_repository(repository, everything, files, given)
-                except KatherineError:
-                    # The bucket has everything all the same, and that should not go unsaid.
+                except BaseException:
+                    # A stop too (SystemExit): the bucket has everything all the same, and that should not go unsaid.
                     self._receipt(given, bucket, made, files, None, "")
                     raise
         return self._receipt(given, bucket, made, files, repository, commit)
@@ -332,7 +334,8 @@ class _Push:
         self._tell(0)
         began, size = time.monotonic(), sum(source.item.bytes for source in sources)
         sending = [Sending(self._path(each), each.file, each.item.bytes, each.sha256) for each in sources]
-        self._hashes |= bucket.put(sending, self._tell)
+        self._check_standing()
+        self._hashes |= bucket.put(sending, self._tell, self._check_standing)
         self._done += size
         self._tell(0)
         names = ", ".join(source.item.path for source in sources)
@@ -340,6 +343,14 @@ class _Push:
 
     def _path(self, source: _Source) -> str:
         return f"{self._export.id}/{source.item.path}"
+
+    def _check_standing(self) -> None:
+        """Raises ApprovalError where the approval was withdrawn or given anew. Reads no file: that is require's."""
+        now = approval.standing(self._home, self._export.id).approval
+        if now is None:
+            raise ApprovalError(f"The approval was withdrawn while it was pushed. {LEFT}")
+        if now.id != self._given.id:
+            raise ApprovalError("The export was approved anew while it was pushed. Push again: it goes by that one.")
 
     def _require_again(self, given: Approval) -> Approval:
         again = approval.require(self._home, self._export.id, self._progress)
@@ -412,6 +423,7 @@ class _Push:
             sending = [file for file in missing if file.path in large]
             self._total, self._done = sum(file.bytes for file in sending), 0
             for number, file in enumerate(sending, start=1):
+                self._check_standing()
                 repository.check_private()
                 self._phase(f"send {file.path} to {repository.what} ({number} of {len(sending)})")
                 self._tell(0)
@@ -438,7 +450,7 @@ class _Push:
         repository: Repository | None,
         commit: str,
     ) -> Receipt:
-        self._phase("write the receipt")
+        self._progress.phase("write the receipt")
         ours = {file.path for file in files}
         others = [path for path in bucket.below(self._export.id) if path not in ours]
         if others:

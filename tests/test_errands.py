@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hub_stand_in import Hub, HubStandIn
 from jobs import errands, queue, slot
 from jobs.errands import Errand
 from katherine import bases, corpus
-from katherine.errors import NotFound
+from katherine.errors import Busy, NotFound
 from katherine.runs import ENDED, State, Status
 from katherine.settings import PROJECT, Home
 
@@ -252,3 +253,28 @@ def test_old_ones_are_forgotten_but_never_one_that_is_under_way(home, stalled, m
     there = {errand.id for errand in errands.everyone(home)}
     assert len(there) == 10 and lasting.id in there
     assert slot.is_held(home, f"errand-{lasting.id}")
+
+
+def test_of_some_kinds_one_is_carried_out_at_a_time(home, stalled, monkeypatch):
+    monkeypatch.setitem(errands.KINDS, "fetch", replace(errands.KINDS["fetch"], alone="path"))
+    errand = downloading(ask_fetch(home))
+    with pytest.raises(Busy, match="Another fetch errand is at work"):
+        errands.start(home, "fetch", errand.request | {"note": "another"}, "test")
+    assert errands.start(home, "fetch", errand.request, "test").id == errand.id
+    errands.stop(home, errand.id)
+
+
+def test_a_secret_that_was_pasted_into_a_request_is_not_kept(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_pastedByMistake")
+    errand = ask_prepare(home, files(tmp_path / "in"), name="hf_pastedByMistake")
+    assert not any(b"pastedByMistake" in path.read_bytes() for path in errand.path.iterdir())
+    ended(home, errand)
+
+
+def test_an_old_folder_that_was_half_removed_goes_too(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(errands, "KEPT", 0)
+    half = home.errands / "20200101-000000-prepare-abcdef"
+    half.mkdir(parents=True)
+    (half / "request.json").write_text(json.dumps({"kind": "prepare", "request": {}, "who": "test", "created": "2020"}))
+    assert ended(home, ask_prepare(home, files(tmp_path / "in"))).state is State.succeeded
+    assert not half.exists()

@@ -2,16 +2,13 @@
 
 import argparse
 import json
-from typing import Any
 
 import msgspec
 
-from jobs import errands
-from jobs.commands.terminal import Commands, command, say, show
+from jobs.commands.terminal import Commands, command, done, say, show
 from katherine import approval, audit, units
-from katherine import runs as folders
 from katherine.approval import OPERATOR
-from katherine.errors import ApprovalError, KatherineError
+from katherine.errors import ApprovalError
 from katherine.settings import home
 
 
@@ -20,7 +17,7 @@ def approve(options: argparse.Namespace) -> None:
     request = {"export": options.export, "who": options.who, "role": OPERATOR, "note": options.note}
     if options.files:
         request["files"] = options.files
-    _done("approve", audit.without_secrets(request), options.who)
+    done(at, "approve", audit.without_secrets(request), options.who)
     tell(approval.standing(at, options.export))
 
 
@@ -33,7 +30,7 @@ def withdraw(options: argparse.Namespace) -> None:
 def show_approval(options: argparse.Namespace) -> None:
     at = home()
     if options.check:
-        _done("verify", {"export": options.export}, "command line")
+        done(at, "verify", {"export": options.export})
     found = approval.standing(at, options.export)
     if options.json:
         given = msgspec.to_builtins(found.approval) if found.approval else None
@@ -88,20 +85,6 @@ def allow_reviewers(options: argparse.Namespace) -> None:
     if options.allowed:
         approval.let_reviewers_approve(at, options.allowed == "yes", who=options.who)
     print(f"reviewers may approve: {'yes' if approval.reviewers_may_approve(at) else 'no'}")
-
-
-def _done(kind: str, request: dict[str, Any], who: str) -> None:
-    """Carries an errand out, saying where it is."""
-    at = home()
-    errand = errands.start(at, kind, request, who)
-    said = ""
-    while (status := errands.wait(at, errand.id, timeout=1)).state not in folders.ENDED:
-        steps = f", {status.step} of {status.of} MB" if status.of else ""
-        if (now := status.phase + steps) != said:
-            said = now
-            say(now)
-    if status.state is not folders.State.succeeded:
-        raise KatherineError(f"{status.reason} {status.remedy}".strip())
 
 
 def register(commands: Commands) -> None:

@@ -6,15 +6,13 @@ import time
 from contextlib import closing
 from typing import TextIO
 
-from jobs import errands
 from jobs.asking import Asking
-from jobs.commands.terminal import Commands, command, say
+from jobs.commands.terminal import Commands, command, done, say
 from jobs.pool import Pool
 from katherine import columns, runs, talks
 from katherine.columns import Column
 from katherine.errors import KatherineError, NotFound
 from katherine.rendering import Renderer
-from katherine.runs import State
 from katherine.settings import Home, home
 from katherine.talks import OVER, Answer, Sampling
 
@@ -105,15 +103,7 @@ def _follow(asking: Asking, talk_id: str, number: int) -> Answer:
 
 def make_base(options: argparse.Namespace) -> None:
     at = home()
-    errand = errands.start(at, "base", {"export": options.export}, "command line")
-    phase = ""
-    while (status := errands.wait(at, errand.id, 1)).state not in runs.ENDED:
-        if status.phase != phase:
-            phase = status.phase
-            say(phase)
-    if status.state is not State.succeeded:
-        raise KatherineError(f"{status.reason} {status.remedy}".strip())
-    print(errand.result()["column"])
+    print(done(at, "base", {"export": options.export})["column"])
 
 
 def register(commands: Commands) -> None:

@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jobs import errands
-from jobs.commands.terminal import Commands, command, say, show
+from jobs.commands.terminal import Commands, command, done, say, show
 from katherine import (
     bases,
     browse,
     corpus,
     recipe,
     rendering,
-    runs,
     shelf,
 )
-from katherine.errors import KatherineError
 from katherine.settings import home
 from katherine.template import ChatTemplate
 
@@ -114,16 +111,7 @@ def examples(options: argparse.Namespace) -> None:
 
 def fetch(options: argparse.Namespace) -> None:
     at = home()
-    errand = errands.start(at, "fetch", {"path": options.path}, "command line")
-    said = ""
-    while (status := errands.wait(at, errand.id, timeout=1)).state not in runs.ENDED:
-        steps = f", {status.step} of {status.of} MB" if status.of else ""
-        if (now := status.phase + steps) != said:
-            said = now
-            say(now)
-    if status.state is not runs.State.succeeded:
-        raise KatherineError(f"{status.reason} {status.remedy}".strip())
-    print(at.inbox / errand.result()["folder"])
+    print(at.inbox / done(at, "fetch", {"path": options.path})["folder"])
 
 
 def register(commands: Commands) -> None:

@@ -5,8 +5,7 @@ import json
 
 import msgspec
 
-from jobs import errands
-from jobs.commands.terminal import Commands, command, say, show
+from jobs.commands.terminal import Commands, command, done, show
 from katherine import publish, units
 from katherine import runs as folders
 from katherine.errors import KatherineError
@@ -23,16 +22,7 @@ def push(options: argparse.Namespace) -> None:
     request = {"export": options.export, "to": options.to, "who": options.who, "role": "operator"}
     if options.repo:
         request["repo"] = options.repo
-    errand = errands.start(at, "push", request, options.who)
-    said = ""
-    while (status := errands.wait(at, errand.id, timeout=1)).state not in folders.ENDED:
-        steps = f", {status.step} of {status.of} MB" if status.of else ""
-        if (now := status.phase + steps) != said:
-            said = now
-            say(now)
-    if status.state is not folders.State.succeeded:
-        raise KatherineError(f"{status.reason} {status.remedy}".strip())
-    wanted = errand.result()["receipt"]
+    wanted = done(at, "push", request, options.who)["receipt"]
     found = next(receipt for receipt in publish.receipts(at, options.export) if receipt.id == wanted)
     if options.json:
         print(json.dumps(msgspec.to_builtins(found), ensure_ascii=False))

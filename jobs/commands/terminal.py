@@ -1,9 +1,15 @@
-"""What every word needs: to be entered, and to say something. Results go to stdout, remarks to stderr."""
+"""What every word needs: to be entered, to have something done, and to say something. Results go to stdout, remarks to
+stderr."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
+
+from jobs import errands
+from katherine.errors import KatherineError
+from katherine.runs import ENDED, State
+from katherine.settings import Home
 
 # What argparse gives for adding words to; its class has no public name.
 Commands = Any
@@ -32,3 +38,18 @@ def show(rows: Sequence[Sequence[Any]], heads: Sequence[str]) -> None:
 def figure(value: float | None, form: str) -> str:
     """A number in a format, or nothing where it was not measured."""
     return "" if value is None else format(value, form)
+
+
+def done(home: Home, kind: str, request: dict[str, Any], who: str = "command line") -> dict[str, Any]:
+    """Have an errand carried out, saying where it is; what came of it. Raises KatherineError where it did not succeed,
+    in its own words."""
+    errand = errands.start(home, kind, request, who)
+    said = ""
+    while (status := errands.wait(home, errand.id, timeout=1)).state not in ENDED:
+        steps = f", {status.step} of {status.of}" if status.of else ""
+        if (now := status.phase + steps) != said:
+            said = now
+            say(now)
+    if status.state is not State.succeeded:
+        raise KatherineError(f"{status.reason} {status.remedy}".strip())
+    return errand.result()

@@ -3,10 +3,9 @@
 import argparse
 from collections.abc import Sequence
 
-from jobs import errands
-from jobs.commands.terminal import Commands, command, say, show
+from jobs.commands.terminal import Commands, command, done, say, show
 from katherine import feedback, judgement, runs
-from katherine.errors import DataError, KatherineError, NotFound
+from katherine.errors import DataError, NotFound
 from katherine.feedback import Candidate
 from katherine.settings import Home, home
 from katherine.units import moment
@@ -79,15 +78,7 @@ def next_round(options: argparse.Namespace) -> None:
             say(f"To make the next dataset with {len(chosen)} of them: --onto {onto or 'DATASET'}")
         return
     file = feedback.write(at, chosen)
-    errand = errands.start(at, "prepare", feedback.request(at, onto, file, options.name or ""), "command line")
-    said = ""
-    while (status := errands.wait(at, errand.id, timeout=1)).state not in runs.ENDED:
-        if status.phase != said:
-            said = status.phase
-            say(said)
-    if status.state is not runs.State.succeeded:
-        raise KatherineError(f"{status.reason} {status.remedy}".strip())
-    made = errand.result()["dataset"]
+    made = done(at, "prepare", feedback.request(at, onto, file, options.name or ""))["dataset"]
     say(feedback.came_of(at, made, file.name))
     print(made)
 
