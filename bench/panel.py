@@ -32,7 +32,7 @@ from katherine.template import ChatTemplate
 PASSWORD = "a password of this benchmark"
 # What the panel is held to: milliseconds, bytes and bytes.
 TAB, REFRESH, REFRESH_BYTES, MEMORY = 300, 150, 60_000, 350e6
-TABS = ("dataset", "recipe", "train", "export", "history")
+TABS = ("dataset", "recipe", "train", "export", "chat", "probes", "review", "publish", "history")
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync"]  # fmt: skip
 # From the click to the frame in which the tab's content is there, measured in the page: the driver's own way to and

@@ -232,7 +232,14 @@ class Asking:
                 return live.now()
         return talks.load(self._home, talk_id)
 
+    def is_coming(self, talk_id: str) -> bool:
+        """Whether more of its answers may come; they may be over and not yet written down."""
+        with self._lock:
+            live = self._live.get(talk_id)
+            return live is not None and not live.is_over
+
     def is_answering(self, talk_id: str) -> bool:
+        """Whether they are coming, or not yet written down."""
         with self._lock:
             live = self._live.get(talk_id)
             return live is not None and not live.saved.is_set()

@@ -74,7 +74,8 @@ class View:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """One engine from the moment it was decided to load it. taken: why it is being ended, once that was decided."""
+    """One engine from the moment it was decided to load it. taken: why it is being ended, once that was decided.
+    ending: it was killed, and stays until its end was waited for: only then is its memory free."""
 
     column: Column
     needs: int
@@ -82,6 +83,7 @@ class _Held:
     state: State = "loading"
     engine: Engine | None = None
     taken: str = ""
+    ending: bool = False
     abandon: threading.Event = field(default_factory=threading.Event)
 
 
@@ -114,12 +116,17 @@ class Pool:
         self._kept_for = kept
         self._changed = threading.Condition()
         self._held: dict[str, _Held] = {}
+        # Killed, and not waited for yet: waiting may take seconds, so it is never done under `_changed`. `_reaping`
+        # lets whoever unloads return when it is done, whoever does it; it is taken before `_changed`, never after.
+        self._dying: list[_Held] = []
+        self._reaping = threading.Lock()
         self._expected: Counter[str] = Counter()
         self._slot: Slot | None = None
         self._asked = time.monotonic()
         self._wanted: _Wanted | None = None
         self._keeper: threading.Thread | None = None
         self._offloads: bool | None = None
+        self._looking = threading.Lock()
         self._closed = threading.Event()
 
     # ------------------------------------------------------------------------------------------------ for pages
@@ -127,7 +134,7 @@ class Pool:
     def view(self) -> View:
         """What is loaded and how much room there is. Takes milliseconds."""
         with self._changed:
-            now, on_gpu = time.monotonic(), self._on_gpu_if_known()
+            now, on_gpu = time.monotonic(), self._on_gpu()
             loaded = tuple(
                 Loaded(each.column.id, each.engine.pid if each.engine else None, self._bytes(each, on_gpu), each.state)
                 for each in self._held.values()
@@ -151,24 +158,30 @@ class Pool:
             self._wanted = _Wanted(self._wanted.run, self._wanted.what, time.monotonic() + self._kept_for)
             _log.info("%s asked run %s to wait for another %.0f s", who, self._wanted.run, self._kept_for)
 
-    def give_way(self, who: str) -> None:
-        """Unload everything now, so that a waiting run may begin."""
+    def give_way(self, who: str) -> bool:
+        """Unload everything now, so that the waiting run may begin. Where none waits, nothing is done: False."""
         with self._changed:
+            if self._wanted is None:
+                return False
             _log.info("%s ended the chat's hold of the GPU", who)
-            self._take_all(_gave_way(self._wanted.what) if self._wanted else "Stopped, since the models were unloaded.")
+            self._take_all(_gave_way(self._wanted.what))
+        self._reap()
+        return True
 
     def unload(self, column_id: str) -> None:
         """End one engine, whatever it is doing. One that is not loaded is left alone."""
         with self._changed:
             if each := self._held.get(column_id):
                 self._take(each, "Stopped, since the model was unloaded.")
-                self._settle()
+        self._reap()
 
     def close(self) -> None:
         """End every engine and let the GPU go. The pool loads nothing any more."""
         self._closed.set()
         with self._changed:
             self._take_all("Stopped, since the panel ends.")
+        self._reap()
+        with self._changed:
             # Those that are loading end within a fifth of a second.
             self._changed.wait_for(lambda: self._slot is None, timeout=5)
 
@@ -188,7 +201,7 @@ class Pool:
     def threads(self) -> int | None:
         """How many threads an answer should use, beside those that are given at the same time; None for all."""
         with self._changed:
-            if self._on_gpu_if_known():
+            if self._on_gpu():
                 return None
             busy = sum(each.state != "ready" or self._expected[each.column.id] > 0 for each in self._held.values())
             return max(1, engines.cores() // max(1, busy))
@@ -209,6 +222,7 @@ class Pool:
         except KatherineError:
             self.unload(column.id)
             raise
+        self._look_for_a_gpu()
         held = self._get(column, tell, stop)
         try:
             if held.engine is None:
@@ -224,8 +238,8 @@ class Pool:
 
     def _get(self, column: Column, tell: Tell, stop: threading.Event) -> _Held:
         """The column's place, held by the caller alone. Its engine is None where it is the caller's to load."""
-        with self._changed:
-            while True:
+        while True:
+            with self._changed:
                 if stop.is_set():
                     raise Stopped
                 if self._closed.is_set():
@@ -233,12 +247,13 @@ class Pool:
                 held = self._held.get(column.id)
                 if held and held.engine and not held.engine.is_alive:
                     self._drop(held)
-                    held = None
-                if held and held.state == "ready":
+                if held and held.ending:
+                    tell("loading", "")
+                elif held and held.state == "ready":
                     held.state = "answering"
                     self._asked = held.used = time.monotonic()
                     return held
-                if held:
+                elif held:
                     loading = held.state == "loading"
                     tell("loading" if loading else "waiting", "" if loading else "It is answering somebody else first.")
                 elif why := self._obstacle(column):
@@ -248,7 +263,10 @@ class Pool:
                     self._held[column.id] = held
                     tell("loading", "")
                     return held
-                self._changed.wait(TICK)
+                if not self._dying:
+                    self._changed.wait(TICK)
+                    continue
+            self._reap()
 
     def _load(self, held: _Held) -> None:
         engine = Engine(held.column.path, abandon=held.abandon)
@@ -268,12 +286,13 @@ class Pool:
     def _put_back(self, held: _Held) -> None:
         with self._changed:
             self._asked = held.used = time.monotonic()
-            if held.engine is None or not held.engine.is_alive:
+            if held.engine is None or held.ending or not held.engine.is_alive:
                 self._drop(held)
             else:
                 held.state = "ready"
                 self._changed.notify_all()
             self._settle()
+        self._reap()
 
     # ------------------------------------------------------------------------------------------------ room
 
@@ -289,21 +308,23 @@ class Pool:
                 return _busy(self._home, busy)
             self._watch()
         needs = self._needs(column)
-        while needs > (free := self._free(self._on_gpu())):
+        if needs > (free := self._free(self._on_gpu())):
+            if any(each.ending for each in self._held.values()):
+                return _MAKES_ROOM
             if any(each.state == "loading" for each in self._held.values()):
                 return "Waiting until the other models are loaded: there may not be memory for all at once."
             idle = [each for each in self._held.values() if each.state == "ready"]
             unwanted = [each for each in idle if not self._expected[each.column.id]]
             if unwanted:
                 self._drop(min(unwanted, key=lambda each: each.used))
-            elif self._held:
+                return _MAKES_ROOM
+            if self._held:
                 return "There is not memory for all the models at once, so they take turns: this one comes next."
-            else:
-                self._settle()
-                raise EngineError(
-                    f"This model needs about {needs / 1e9:.1f} GB of {'GPU ' * self._on_gpu()}memory and only "
-                    f"{free / 1e9:.1f} GB are free. End what else is running, or choose a smaller one."
-                )
+            self._settle()
+            raise EngineError(
+                f"This model needs about {needs / 1e9:.1f} GB of {'GPU ' * self._on_gpu()}memory and only "
+                f"{free / 1e9:.1f} GB are free. End what else is running, or choose a smaller one."
+            )
         return ""
 
     def _needs(self, column: Column) -> int:
@@ -323,13 +344,15 @@ class Pool:
     def _bytes(self, held: _Held, on_gpu: bool) -> int:
         return held.needs if on_gpu or held.engine is None else memory.resident(held.engine.pid)
 
-    def _on_gpu_if_known(self) -> bool:
+    def _on_gpu(self) -> bool:
+        """As far as it is known: before anything is lent, it is."""
         return bool(self._offloads)
 
-    def _on_gpu(self) -> bool:
-        if self._offloads is None:
-            self._offloads = _offloads()
-        return self._offloads
+    def _look_for_a_gpu(self) -> None:
+        """Once, and without the lock: it takes a child that may need a minute."""
+        with self._looking:
+            if self._offloads is None:
+                self._offloads = _offloads()
 
     # ------------------------------------------------------------------------------------------------ ends
 
@@ -345,12 +368,31 @@ class Pool:
         self._settle()
 
     def _drop(self, held: _Held) -> None:
-        """One that still loads stays until its loader has ended it: only then is its memory free."""
+        """Kills it; `_reap` must follow, without the lock. One that still loads stays until its loader has ended it:
+        only then is its memory free."""
+        if held.ending:
+            return
         if held.engine:
-            held.engine.close()
-        if self._held.get(held.column.id) is held:
+            held.ending = True
+            held.engine.kill()
+            self._dying.append(held)
+        elif self._held.get(held.column.id) is held:
             del self._held[held.column.id]
         self._changed.notify_all()
+
+    def _reap(self) -> None:
+        """Wait for the end of those that were killed, and let go what they held."""
+        with self._reaping:
+            with self._changed:
+                dying, self._dying = self._dying, []
+            for held in dying:
+                assert held.engine is not None
+                held.engine.close()
+                with self._changed:
+                    if self._held.get(held.column.id) is held:
+                        del self._held[held.column.id]
+                    self._changed.notify_all()
+                    self._settle()
 
     def _settle(self) -> None:
         """Let the GPU go once nothing is loaded."""
@@ -386,6 +428,7 @@ class Pool:
                     return
                 self._end_idle()
                 self._heed(run)
+            self._reap()
 
     def _end_idle(self) -> None:
         now = time.monotonic()
@@ -438,6 +481,7 @@ def _offloads() -> bool:
 
 # ---------------------------------------------------------------------------------------------------------- in words
 
+_MAKES_ROOM = "Another model makes room for this one."
 _KINDS = {
     "sft": "a training (SFT)",
     "dpo": "a training (DPO)",

@@ -89,8 +89,12 @@ class Sittings:
     # ------------------------------------------------------------------------------------------------ a question
 
     def arrive(self, session: Session, name: str, at: int) -> Session:
-        """Come to a place of a course; a set's question is asked, unless it has been. Raises ReviewError."""
+        """Come to a place of a course; a set's question is asked, unless it has been. What was still coming at another
+        place is stopped: its reader is here. Raises ReviewError."""
         session = blind.move(self._home, blind.enter(self._home, session, name), name, at)
+        here = blind.course_of(session, name).talks.get(at, "")
+        for left in self._coming_beside(session, here):
+            self._asking.stop(left)
         if name == FREE:
             return session
         talk = self._talk(session, name, at)
@@ -105,6 +109,7 @@ class Sittings:
         talk = self._talk(session, name, at)
         if talk is not None and talk.rounds and not talk.rounds[-1].is_over:
             return  # asked twice: they are on their way
+        self._check_alone(session, talk)
         with _plainly():
             if talk is not None and talk.rounds:
                 self._asking.again(talk.id)
@@ -123,6 +128,7 @@ class Sittings:
         talk = self._talk(session, FREE, at)
         if talk is not None and talk.rounds and not talk.rounds[-1].is_over:
             raise ReviewError("The answers to your last question are still coming.")
+        self._check_alone(session, talk)
         with _plainly():
             talk = talk or blind.open_talk(self._home, session, FREE, at)
             self._asking.ask(talk.id, question)
@@ -139,8 +145,13 @@ class Sittings:
         place = blind.LETTERS.find(letter) if len(letter) == 1 else -1
         if talk is None or not 0 <= place < len(talk.columns):
             raise ReviewError("There is no answer of that letter here.")
+        self._check_alone(session, talk)
         with _plainly():
-            self._asking.retry(talk.id, talk.columns[place])
+            if talk.rounds and talk.rounds[-1].is_over and talk.rounds[-1].stopped_at is not None:
+                # Which of them had ended by itself, and cannot be asked again, would say which is fast.
+                self._asking.again(talk.id)
+            else:
+                self._asking.retry(talk.id, talk.columns[place])
 
     def read_recorded(self, session: Session, name: str, at: int) -> None:
         """Take the answers that were recorded for this question. Raises ReviewError where there are none."""
@@ -153,9 +164,7 @@ class Sittings:
 
     def scene(self, session: Session, name: str, at: int) -> Scene:
         """As it is this moment. Looking keeps the answers coming, and asks a set's next turn when one is over."""
-        course = blind.course_of(session, name)
-        if not 0 <= at < (len(course.questions) or len(course.talks) + 1):
-            raise ReviewError("There is no such question here.")
+        course = blind.course_at(session, name, at)
         question = course.questions[at] if name != FREE else None
         talk = self._talk(session, name, at)
         if talk is None or not talk.rounds:
@@ -170,8 +179,7 @@ class Sittings:
         if question is not None and len(talk.rounds) < len(question.turns):
             if any(answer.state == "stopped" for answer in last.answers):
                 return self._unanswered(session, name, at, question, turns, "broken")
-            with _plainly():
-                self._asking.ask(talk.id, question.turns[len(talk.rounds)])
+            self._ask_next(session, name, at, talk, question)
             return Scene(question, turns, "coming")
         return Scene(question, turns, "there")
 
@@ -211,6 +219,31 @@ class Sittings:
         except DataError as error:
             _log.warning("a verdict was refused: %s", error)
             raise ReviewError("These answers have changed meanwhile. Please look at them again.") from None
+
+    def _ask_next(self, session: Session, name: str, at: int, talk: Talk, question: Question) -> None:
+        """The set's next turn, once nothing else of the session is coming. Raises ReviewError."""
+        if self._coming_beside(session, talk.id):
+            return
+        try:
+            with _plainly():
+                self._asking.ask(talk.id, question.turns[len(talk.rounds)])
+        except ReviewError:
+            # Where the same person looks twice, in two tabs, the other may have asked it in this moment.
+            now = self._talk(session, name, at)
+            if now is None or len(now.rounds) <= len(talk.rounds):
+                raise
+
+    def _coming_beside(self, session: Session, talk_id: str) -> list[str]:
+        """The session's talks whose answers are coming, without this one."""
+        found = {each for course in session.courses.values() for each in course.talks.values()} - {talk_id}
+        return [each for each in found if self._asking.is_coming(each)]
+
+    def _check_alone(self, session: Session, talk: Talk | None) -> None:
+        """Each question takes a thread and an engine's time for every file, so one at a time is answered."""
+        if self._coming_beside(session, "" if talk is None else talk.id):
+            raise ReviewError(
+                "The answers to another of your questions are still coming. Wait until they are there, or stop them."
+            )
 
     def _talk(self, session: Session, name: str, at: int) -> Talk | None:
         """The talk at that place as it is this moment, None before there is one."""
@@ -270,7 +303,7 @@ class Sittings:
             self._pool.keep(session.reviewer)
 
     def give_way(self, session: Session) -> None:
-        """The training may begin."""
+        """The training may begin. Where none waits, nothing is done."""
         with _plainly():
             self._pool.give_way(session.reviewer)
 

@@ -31,6 +31,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # The name of the course without a set of questions.
 FREE = ""
 _ID = re.compile(r"[0-9a-f]{32}")
+# Of one export in one role: many times the people who ever review one, and all their files are read when one begins.
+MOST_SESSIONS = 500
+# Lines of one person about one export: twenty taps on each of 250 questions. Each holds all answers to its question,
+# some 5 kB, and all lines are read to show what was said.
+MOST_LINES = 5_000
 # One process serves the pages; in it, two devices of one person may change a session at once.
 _changing = threading.RLock()
 
@@ -134,15 +139,20 @@ def _files(home: Home, run: Run) -> dict[str, str]:
 
 def begin(home: Home, export_id: str, reviewer: str, role: str) -> Session:
     """The person's session with this export; the one that they left, on whatever device, is taken up again. Raises
-    ReviewError for a name that is none."""
+    ReviewError for a name that is none, or where too many people have begun."""
     try:
         name = reviews.name(reviewer)
     except DataError as error:
         raise ReviewError(str(error)) from None
     with _changing:
-        for known in sessions(home, export_id):
+        there = sessions(home, export_id)
+        for known in there:
             if (known.reviewer.casefold(), known.role) == (name.casefold(), role):
                 return known
+        if sum(known.role == role for known in there) >= MOST_SESSIONS:
+            raise ReviewError(
+                f"{MOST_SESSIONS} people have begun with this version, and no more can. Please tell whoever asked you."
+            )
         # 128 bits: nobody finds it by trying.
         session = Session(secrets.token_hex(16), runs.now(), name, role, export_id, secrets.token_hex(16))
         _save(home, session)
@@ -245,11 +255,7 @@ def move(home: Home, session: Session, name: str, at: int) -> Session:
     """To a place of a course: a question's, or for free talks one of those begun, or the next new one. Raises
     ReviewError for a place that there is not."""
     with _changed(home, session) as now:
-        course = course_of(now, name)
-        places = len(course.questions) if name != FREE else len(course.talks) + 1
-        if not 0 <= at < places:
-            raise ReviewError("There is no such question here.")
-        return _with(home, now, name, msgspec.structs.replace(course, at=at))
+        return _with(home, now, name, msgspec.structs.replace(course_at(now, name, at), at=at))
 
 
 def course_of(session: Session, name: str) -> Course:
@@ -257,6 +263,15 @@ def course_of(session: Session, name: str) -> Course:
     if name not in session.courses:
         raise ReviewError("Choose first what you would like to do.")
     return session.courses[name]
+
+
+def course_at(session: Session, name: str, at: int) -> Course:
+    """The course, which has that place. Raises ReviewError where it was not entered, or has not."""
+    course = course_of(session, name)
+    places = len(course.questions) if name != FREE else len(course.talks) + 1
+    if not 0 <= at < places:
+        raise ReviewError("There is no such question here.")
+    return course
 
 
 def _with(home: Home, session: Session, name: str, course: Course) -> Session:
@@ -269,8 +284,8 @@ def _with(home: Home, session: Session, name: str, course: Course) -> Session:
 
 
 def talk_of(home: Home, session: Session, name: str, at: int) -> Talk | None:
-    """What answers that place, None before anything does."""
-    talk_id = course_of(session, name).talks.get(at)
+    """What answers that place, None before anything does. Raises ReviewError for a place that there is not."""
+    talk_id = course_at(session, name, at).talks.get(at)
     if talk_id is None:
         return None
     try:
@@ -281,7 +296,8 @@ def talk_of(home: Home, session: Session, name: str, at: int) -> Talk | None:
 
 def open_talk(home: Home, session: Session, name: str, at: int) -> Talk:
     """A new talk for that place, with the files in an order drawn for it; nothing is asked yet. Each column is asked in
-    that order as well, so that who begins first says nothing. Raises ReviewError where no file is there any more."""
+    that order as well, so that who begins first says nothing. Raises ReviewError where no file is there any more, or
+    for a place that there is not."""
     with _changed(home, session) as now:
         drawn, found = _drawn(now, name, at), files(home, now)
         order = sorted(found)
@@ -291,7 +307,7 @@ def open_talk(home: Home, session: Session, name: str, at: int) -> Talk:
 
 
 def _hold(home: Home, session: Session, name: str, at: int, order: Mapping[str, str], sampling: Sampling) -> Talk:
-    course = course_of(session, name)
+    course = course_at(session, name, at)
     source = f"{name}/{course.questions[at].probe}" if name != FREE else ""
     talk = talks.create(
         home,
@@ -315,7 +331,8 @@ def _drawn(session: Session, name: str, at: int) -> random.Random:
 
 def recorded(home: Home, session: Session, name: str, at: int, among: Sequence[Seen]) -> Talk | None:
     """That place answered by what the newest probe run on this export recorded for the same question, as a talk; None
-    where no run did. Its columns are those that were asked."""
+    where no run did. Its columns are those that were asked. Where they stand there already, it is the talk that there
+    is. Raises ReviewError for a place that there is not."""
     for seen in among:
         record = seen.run.record
         if (seen.kind, record.parent, seen.status.state) != ("probe", session.export, State.succeeded):
@@ -342,13 +359,14 @@ def _of_run(home: Home, session: Session, name: str, at: int, seen: Seen) -> Tal
     with _changed(home, session) as now:
         order = sorted(rows)
         _drawn(now, name, at).shuffle(order)
+        before = talk_of(home, now, name, at)
+        if before is not None and sorted(before.columns) == sorted(order):
+            order = list(before.columns)
         sampling = Sampling(
             seed=int(recipe.get("seed", 0)),
             temperature=float(recipe.get("temperature", 0.0)),
             max_new_tokens=int(recipe.get("max_new_tokens", Sampling().max_new_tokens)),
         )
-        found = files(home, now)
-        talk = _hold(home, now, name, at, {column: found[column] for column in order}, sampling)
         rounds = tuple(
             Round(
                 asked,
@@ -360,6 +378,10 @@ def _of_run(home: Home, session: Session, name: str, at: int, seen: Seen) -> Tal
             )
             for turn, asked in enumerate(course_of(now, name).questions[at].turns)
         )
+        if before is not None and before.rounds == rounds:
+            return before
+        found = files(home, now)
+        talk = _hold(home, now, name, at, {column: found[column] for column in order}, sampling)
         talk = msgspec.structs.replace(talk, rounds=rounds)
         talks.save(home, talk)
     return talk
@@ -373,7 +395,7 @@ def _rows(home: Home, session: Session, name: str, at: int, seen: Seen) -> dict[
     """Column → what it answered to this very question."""
     if name == FREE:
         return {}
-    question = course_of(session, name).questions[at]
+    question = course_at(session, name, at).questions[at]
     try:
         there, answers = files(home, session), probes.answers(seen.run.out)
     except KatherineError:
@@ -394,20 +416,26 @@ def _rows(home: Home, session: Session, name: str, at: int, seen: Seen) -> dict[
 
 def faces(talk: Talk, round: int, verdict: Verdict | None = None) -> tuple[Face, ...]:
     """The answers of a round under their letters. While any is still coming, none is shown further than the one that
-    has come least far: how fast each is would tell which is which."""
-    answers = {answer.column: answer for answer in talk.rounds[round].answers}
+    has come least far: how fast each is would tell which is which. So would a stop, which ends each as far as it had
+    come: it is the same beside a stopped one. The whole text stays in the talk."""
+    asked = talk.rounds[round]
+    answers = {answer.column: answer for answer in asked.answers}
     coming = [len(answer.text) for answer in answers.values() if answer.state not in OVER]
+    furthest = min([*coming, *([] if asked.stopped_at is None else [asked.stopped_at])], default=None)
     marks = marks_of(talk, round, verdict)
     found = []
     for letter, column in zip(LETTERS, talk.columns, strict=False):
         answer = answers[column]
+        text = answer.text[:furthest]
         if coming:
-            found.append(Face(letter, answer.text[: min(coming)], "coming"))
+            found.append(Face(letter, text, "coming"))
             continue
         state = {"stopped": "stopped", "failed": "silent"}.get(answer.state, "done")
         if state == "done" and answer.finish == "length":
             state = "cut"
-        found.append(Face(letter, answer.text, state, marks.get(column, Mark())))  # type: ignore[arg-type]
+        if state != "silent" and text != answer.text:
+            state = "stopped"
+        found.append(Face(letter, text, state, marks.get(column, Mark())))  # type: ignore[arg-type]
     return tuple(found)
 
 
@@ -482,6 +510,7 @@ def judge(
             return
         for mark in marks.values():
             _check(mark)
+        _check_room(home, session)
         reviews.judge(
             home,
             talk,
@@ -509,6 +538,13 @@ def _check(mark: Mark) -> None:
         raise ReviewError("That is neither good nor bad.")
 
 
+def _check_room(home: Home, session: Session) -> None:
+    if reviews.said(home, session.export, session) >= MOST_LINES:
+        raise ReviewError(
+            f"You have said {MOST_LINES:,} things about this version, and no more can be kept. What you said is saved."
+        )
+
+
 def check_length(what: str, text: str, most: int) -> None:
     """Raises ReviewError."""
     if len(text) > most:
@@ -518,12 +554,10 @@ def check_length(what: str, text: str, most: int) -> None:
 # ---------------------------------------------------------------------------------------------------- recommendations
 
 
-def favourite(home: Home, session: Session) -> tuple[str, int, int]:
-    """The column that the person preferred most often, how often, and how often they preferred any; "" where none
-    stands out."""
-    given = [verdict for verdict in mine(home, session) if verdict.preferred]
-    column = reviews.favourite(given)
-    return column, sum(verdict.preferred == column for verdict in given), len(given)
+def favourite(home: Home, session: Session) -> str:
+    """The column that the person preferred most often, "" where none stands out. No page is told even that: whoever
+    changes a choice and looks again would learn which letters of two questions are the same file."""
+    return reviews.favourite(mine(home, session))
 
 
 def recommendation(home: Home, session: Session) -> reviews.Recommendation | None:
@@ -535,11 +569,17 @@ def recommendation(home: Home, session: Session) -> reviews.Recommendation | Non
 
 def recommend(home: Home, session: Session, good: bool, with_favourite: bool, note: str) -> None:
     """Record the person's last word. with_favourite: for the column that they preferred most often, which they are
-    never told. Raises ReviewError for a note that is too long."""
+    never told. Said once more, it is not recorded again. Raises ReviewError for a note that is too long."""
     check_length("Your note", note, reviews.LONGEST_NOTE)
-    column = favourite(home, session)[0] if with_favourite else ""
+    column, note = favourite(home, session) if with_favourite else "", note.strip()
+    before = recommendation(home, session)
+    if before is not None and (before.good, before.favourite, before.column, before.note) == (
+        good, with_favourite, column, note,
+    ):  # fmt: skip
+        return
+    _check_room(home, session)
     given = reviews.Recommendation(
-        secrets.token_hex(8), runs.now(), session.reviewer, session.role, session.export, good, column, note.strip(),
-        len(mine(home, session)),
+        secrets.token_hex(8), runs.now(), session.reviewer, session.role, session.export, good, column, note,
+        len(mine(home, session)), with_favourite,
     )  # fmt: skip
     reviews.recommend(home, given)

@@ -153,10 +153,14 @@ class Engine:
     ) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Ends the child; safe to call twice, and from another thread than the one that reads a reply."""
+    def kill(self) -> None:
+        """Ends the child without waiting for its end: `close` has to follow."""
         self._closed = True
         self._child.kill()
+
+    def close(self) -> None:
+        """Ends the child; safe to call twice, and from another thread than the one that reads a reply."""
+        self.kill()
         self._child.wait()
         # Whoever is reading meets the end of the pipe at once and lets go; an abandoned reply never does.
         if self._turn.acquire(timeout=1):

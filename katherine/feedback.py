@@ -21,7 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from katherine import findings, lines, reviews, runs, shelf, talks
-from katherine.errors import DataError, KatherineError
+from katherine.errors import DataError, KatherineError, NotFound
 from katherine.examples import Message, Preference
 from katherine.intake import digest
 from katherine.recipe import SftRecipe
@@ -243,7 +243,7 @@ def pairs(home: Home, export_ids: Iterable[str], onto: str = "") -> list[Candida
 def survey(home: Home, export_ids: Iterable[str], onto: str = "") -> Collected:
     """As `pairs`, and what gave none."""
     given = (verdict for each in dict.fromkeys(export_ids) for verdict in reviews.verdicts(home, each))
-    collected = collect(given, lambda verdict, judged: judged.column in _cut(home, verdict.talk, verdict.round))
+    collected = collect(given, lambda verdict, judged: judged.column in _cut_in(home, verdict))
     decided, there = decisions(home), _used(home)
     found = []
     for one in collected.pairs:
@@ -263,15 +263,28 @@ def survey(home: Home, export_ids: Iterable[str], onto: str = "") -> Collected:
     return Collected(tuple(found), collected.left_out)
 
 
-@functools.lru_cache(maxsize=_TALKS)
-def _cut(home: Home, talk_id: str, number: int) -> frozenset[str]:
-    """The columns whose answers in a round were cut. What was judged does not change; a talk that is gone tells
-    nothing."""
+def _cut_in(home: Home, verdict: Verdict) -> frozenset[str]:
+    """The columns whose answers in a verdict's round were cut; a talk that is gone tells nothing."""
     try:
-        answers = talks.load(home, talk_id).rounds[number].answers
+        return _cut(home, verdict.talk, verdict.round, *talks.stamp(home, verdict.talk))
+    except NotFound:
+        return frozenset()
+
+
+@functools.lru_cache(maxsize=_TALKS)
+def _cut(home: Home, talk_id: str, number: int, changed: int, size: int) -> frozenset[str]:
+    """changed, size: of the talk's file, since a round that is asked again is replaced. Beside a stopped answer the
+    others were shown no further than it: the rest of them nobody judged."""
+    try:
+        asked = talks.load(home, talk_id).rounds[number]
     except (KatherineError, IndexError):
         return frozenset()
-    return frozenset(answer.column for answer in answers if answer.finish == "length" or answer.state == "stopped")
+    shown = asked.stopped_at
+    return frozenset(
+        answer.column
+        for answer in asked.answers
+        if answer.finish == "length" or answer.state == "stopped" or (shown is not None and len(answer.text) > shown)
+    )
 
 
 def _sides(pair: Preference) -> tuple[bytes, bytes]:

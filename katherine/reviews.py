@@ -79,7 +79,9 @@ class Verdict(msgspec.Struct, frozen=True):
 
 class Recommendation(msgspec.Struct, frozen=True):
     """One person's last word on an export. good: whether it may go out. column: the one they would take, or "" for no
-    preference. judged: verdicts of theirs at that time. The last of a reviewer counts."""
+    preference. judged: verdicts of theirs at that time. favourite: they asked for the one that they had chosen most
+    often, without being told which or whether there was one; where none stood out, column is "". The last of a reviewer
+    counts."""
 
     id: str
     time: str
@@ -90,6 +92,7 @@ class Recommendation(msgspec.Struct, frozen=True):
     column: str = ""
     note: str = ""
     judged: int = 0
+    favourite: bool = False
 
 
 class Mark(msgspec.Struct, frozen=True):
@@ -268,6 +271,14 @@ def recommendations(home: Home, export_id: str) -> list[Recommendation]:
     """The last of each person, oldest first."""
     lines = _lines(_folder(home, export_id) / "recommendations.jsonl", Recommendation)
     return _last(lines, person)
+
+
+def said(home: Home, export_id: str, who: Person) -> int:
+    """How many lines this person has written about the export, those that count no more among them."""
+    folder, me = _folder(home, export_id), person(who)
+    verdicts = _lines(folder / "verdicts.jsonl", Verdict)
+    words = _lines(folder / "recommendations.jsonl", Recommendation)
+    return sum(person(each) == me for each in verdicts) + sum(person(each) == me for each in words)
 
 
 def fingerprint(home: Home, export_id: str) -> str:

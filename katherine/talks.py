@@ -103,6 +103,12 @@ class Round(msgspec.Struct, frozen=True):
     def is_over(self) -> bool:
         return all(answer.state in OVER for answer in self.answers)
 
+    @property
+    def stopped_at(self) -> int | None:
+        """Characters of the stopped answer that had come least far, None where none was stopped. Who must not know how
+        fast each file is reads no answer of the round further."""
+        return min((len(answer.text) for answer in self.answers if answer.state == "stopped"), default=None)
+
 
 class Talk(msgspec.Struct, frozen=True):
     """columns: their ids (see columns.Column). files: column → sha256 of the file that answered. role: of who talks,
@@ -155,6 +161,16 @@ def load(home: Home, talk_id: str) -> Talk:
         raise NotFound(f"There is no talk {talk_id!r} in {path.parent}.") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged ({error}): remove it.") from error
+
+
+def stamp(home: Home, talk_id: str) -> tuple[int, int]:
+    """Time of change (ns) and size of its file, which differ once it does. Raises NotFound."""
+    path = _path(home, talk_id)
+    try:
+        at = path.stat()
+    except OSError:
+        raise NotFound(f"There is no talk {talk_id!r} in {path.parent}.") from None
+    return at.st_mtime_ns, at.st_size
 
 
 def everyone(home: Home, role: str | None = None, most: int | None = None) -> list[Talk]:

@@ -159,6 +159,38 @@ def test_there_is_no_place_beyond_the_last(home, session):
     blind.move(home, free, FREE, 0)
     with pytest.raises(ReviewError):
         blind.move(home, free, FREE, 1)
+    for name, wrong in (("three", -1), ("three", 3), (FREE, -1), (FREE, 1), (FREE, 10**29)):
+        for way in (blind.open_talk, blind.talk_of):
+            with pytest.raises(ReviewError, match="no such question"):
+                way(home, free, name, wrong)
+    for way in (blind.recorded, blind.has_recorded):
+        record(home, session.export)
+        with pytest.raises(ReviewError, match="no such question"):
+            way(home, free, "three", -1, History(home).runs())
+    assert talks.everyone(home) == []
+
+
+def test_more_sessions_and_words_than_people_ever_need_are_refused_in_words(home, export, session, monkeypatch):
+    monkeypatch.setattr(blind, "MOST_SESSIONS", 2)
+    blind.begin(home, export, "Bea", "reviewer")
+    with pytest.raises(ReviewError, match="2 people"):
+        blind.begin(home, export, "Cid", "reviewer")
+    assert blind.begin(home, export, "ann", "reviewer").id == session.id
+    assert blind.begin(home, export, "Cid", "operator")
+    talk = open_answered(home, session)
+    monkeypatch.setattr(blind, "MOST_LINES", 3)
+    blind.judge(home, session, talk, 0, chosen="A")
+    blind.judge(home, session, talk, 0, chosen="B")
+    blind.recommend(home, session, True, False, "")
+    for refused in (
+        lambda: blind.judge(home, session, talk, 0, chosen="C"),
+        lambda: blind.recommend(home, session, False, False, ""),
+    ):
+        with pytest.raises(ReviewError, match="3 things"):
+            refused()
+    blind.judge(home, session, talk, 0, chosen="B")
+    assert reviews.said(home, export, session) == 3
+    blind.judge(home, blind.begin(home, export, "Bea", "reviewer"), talk, 0, chosen="C")
 
 
 # ------------------------------------------------------------------------------------------------------------ blinding
@@ -208,7 +240,24 @@ def test_while_answers_come_none_is_shown_further_than_the_slowest(home, session
     assert at("answering", "answering", "done") == [("123", "coming"), ("123", "coming"), ("123", "coming")]
     assert at("answering", "done", "waiting") == [("12345", "coming"), ("123", "coming"), ("12345", "coming")]
     assert at("answering", "failed", "done") == [("1234567890", "coming"), ("123", "coming"), ("12345", "coming")]
-    assert at("done", "failed", "stopped") == [("1234567890", "done"), ("123", "silent"), ("12345", "stopped")]
+    # Nor when it was enough: how far each had come would say how fast it is.
+    assert at("done", "failed", "stopped") == [("12345", "stopped"), ("123", "silent"), ("12345", "stopped")]
+    assert at("stopped", "stopped", "stopped") == [("123", "stopped")] * 3
+    assert at("stopped", "done", "done") == [("1234567890", "stopped"), ("123", "done"), ("12345", "done")]
+    assert at("answering", "stopped", "done") == [("123", "coming")] * 3
+    assert at("done", "done", "done") == [("1234567890", "done"), ("123", "done"), ("12345", "done")]
+
+
+def test_what_was_cut_to_the_shortest_stopped_one_is_kept_and_judged_whole(home, session, export):
+    talk = open_answered(home, session)
+    first, *others = talk.rounds[0].answers
+    stopped = msgspec.structs.replace(first, state="stopped", text=first.text[:3], finish="stopped")
+    talk = msgspec.structs.replace(talk, rounds=(Round("?", talk.sampling, (stopped, *others)),))
+    talks.save(home, talk)
+    assert {len(face.text) for face in blind.faces(talk, 0)} == {3}
+    blind.judge(home, session, talk, 0, chosen="B")
+    verdict = blind.verdict_of(home, session, talks.load(home, talk.id), 0)
+    assert verdict is not None and verdict.answers[1].text == others[0].text
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
@@ -307,7 +356,7 @@ def test_the_favourite_is_what_the_person_chose_most_often_and_is_never_named(ho
     for at in range(3):
         theirs = open_answered(home, again(home, bea), at)
         blind.judge(home, bea, theirs, 0, chosen=blind.LETTERS[theirs.columns.index(talk.columns[0])])
-    assert blind.favourite(home, session) == (column, 2, 2)
+    assert blind.favourite(home, session) == column
     blind.recommend(home, session, True, True, " fine ")
     word = blind.recommendation(home, session)
     assert word is not None and (word.good, word.column, word.note, word.judged) == (True, column, "fine", 2)
@@ -315,6 +364,11 @@ def test_the_favourite_is_what_the_person_chose_most_often_and_is_never_named(ho
     word = blind.recommendation(home, session)
     assert word is not None and (word.good, word.column) == (False, "")
     assert blind.recommendation(home, bea) is None
+    # Where none stands out, none is noted, and that they asked for one is all that is kept.
+    blind.judge(home, session, other, 0, chosen=blind.LETTERS[other.columns.index(talk.columns[0])])
+    blind.recommend(home, session, True, True, "")
+    word = blind.recommendation(home, session)
+    assert word is not None and (word.column, word.favourite) == ("", True)
 
 
 # ---------------------------------------------------------------------------------------------------- recorded answers
@@ -342,6 +396,7 @@ def test_recorded_answers_become_a_talk_that_is_judged_like_any_other(home, sess
     assert [each.question for each in talk.rounds] == ["Where do you live?", "Is it warm?"]
     session = again(home, session)
     assert blind.talk_of(home, session, "three", 1) == talk
+    assert blind.recorded(home, session, "three", 1, among) == talk and talks.everyone(home) == [talk]
     blind.judge(home, session, talk, 1, chosen="A")
     (verdict,) = reviews.verdicts(home, export)
     quant = talk.columns[0].rpartition(":")[2]

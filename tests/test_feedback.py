@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from verdicts import DISLIKED, LIKED, Panel, asked
 
 from jobs import errands
 from jobs.commands import verdicts as words
-from katherine import bases, corpus, feedback, shelf
+from katherine import bases, corpus, feedback, shelf, talks
 from katherine.errors import DataError, NotFound
 from katherine.examples import Message
 from katherine.reviews import Mark
@@ -171,6 +172,21 @@ def test_an_answer_that_was_cut_is_rejected_but_never_chosen(panel):
     panel.judge("Ann", "Who is it?", SAID, best=Q4, q6_k=DISLIKED, cut=[Q6])
     assert [(one.question, one.rejected) for one in pairs(panel)] == [("Who is it?", SAID[Q6])]
     assert any("cut off" in reason for reason in left(panel))
+
+
+def test_an_answer_is_never_chosen_whose_rest_was_not_shown_beside_a_stopped_one(panel):
+    talk = panel.talk("Ann", [("Who?", SAID)])
+    panel.judge_round(talk, 0, "Ann", best=Q5, q6_k=DISLIKED)
+    assert [one.chosen for one in pairs(panel)] == [SAID[Q5]]
+    # The round as it would have been had it been stopped while the last one spoke: shorter than the preferred one.
+    asked = talk.rounds[0]
+    for text, chosen in ((SAID[Q6][:5], []), (SAID[Q6], [SAID[Q5]])):
+        answers = tuple(
+            msgspec.structs.replace(each, state="stopped", text=text) if each.text == SAID[Q6] else each
+            for each in asked.answers
+        )
+        talks.save(panel.home, msgspec.structs.replace(talk, rounds=(msgspec.structs.replace(asked, answers=answers),)))
+        assert [one.chosen for one in pairs(panel)] == chosen
 
 
 def test_two_people_who_say_the_same_are_one_pair_with_both_named(panel):

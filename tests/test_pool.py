@@ -29,7 +29,7 @@ from test_pod import runpod
 
 from jobs import autostop, queue, slot
 from jobs.pool import Pool, Taken, needs
-from katherine import columns, runs
+from katherine import columns, gpu, runs
 from katherine.columns import Column
 from katherine.engines import Engine
 from katherine.errors import DataError, EngineError, KatherineError
@@ -271,6 +271,7 @@ def test_who_chats_is_told_of_a_queued_run_and_can_ask_it_to_wait(home, make_poo
     use(pool, chosen[0])
     with pytest.raises(KatherineError, match="No run waits"):
         pool.keep("test")
+    assert not pool.give_way("test") and len(pool.view().loaded) == 1
     run = submit(home)
     until(lambda: pool.view().wanted_by == run.id)
     assert 0 <= pool.view().gives_way_in <= 1
@@ -279,7 +280,7 @@ def test_who_chats_is_told_of_a_queued_run_and_can_ask_it_to_wait(home, make_poo
     waits(run)
     assert "held by chat" in run.status().reason
     assert run.status().state is State.queued
-    pool.give_way("test")
+    assert pool.give_way("test")
     assert queue.wait(home, run.id, 60).state is State.succeeded
     until(lambda: pool.view().wanted_by == "")
 
@@ -306,6 +307,56 @@ def test_a_run_that_can_never_begin_takes_nothing(home, pool, chosen):
     heard = Heard()
     assert not heard.stop.wait(1.5)
     assert pool.view().wanted_by == "" and is_alive(pid)
+
+
+def test_while_an_engine_ends_pages_are_answered_and_it_is_lent_to_nobody(pool, chosen, monkeypatch):
+    ending, go_on = threading.Event(), threading.Event()
+    close = Engine.close
+
+    def late(engine: Engine) -> None:
+        ending.set()
+        assert go_on.wait(60)
+        close(engine)
+
+    pid = use(pool, chosen[0])
+    monkeypatch.setattr(Engine, "close", late)
+    heard = Heard()
+
+    def borrow() -> int:
+        with pool.lend(chosen[0], heard, heard.stop) as engine:
+            return engine.pid
+
+    with ThreadPoolExecutor() as others:
+        try:
+            unloading = others.submit(pool.unload, chosen[0].id)
+            assert ending.wait(60)
+            # Its memory is not free before its end, so it is still shown, and a new one has to wait.
+            assert [each.pid for each in others.submit(pool.view).result(30).loaded] == [pid]
+            got = others.submit(borrow)
+            until(lambda: len(heard.said) > 2)
+            assert not got.done() and not unloading.done() and {state for state, _ in heard.said} == {"loading"}
+        finally:
+            go_on.set()
+        assert got.result(60) != pid
+
+
+def test_while_it_is_looked_for_a_gpu_pages_are_answered(pool, chosen, monkeypatch):
+    looking, go_on = threading.Event(), threading.Event()
+
+    def late() -> list[gpu.GpuReading]:
+        looking.set()
+        assert go_on.wait(60)
+        return []
+
+    monkeypatch.setattr(gpu, "read", late)
+    with ThreadPoolExecutor() as others:
+        try:
+            got = others.submit(use, pool, chosen[0])
+            assert looking.wait(60)
+            assert others.submit(pool.view).result(30).loaded == ()
+        finally:
+            go_on.set()
+        assert got.result(60)
 
 
 def test_unloading_while_it_loads_ends_the_loading(home, pool, chosen):

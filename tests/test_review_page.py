@@ -174,7 +174,7 @@ def test_a_reader_gets_through_a_set_and_finds_everything_again(reviewed, panel,
     assert talk is not None and verdicts[0].preferred == talk.columns[1]
 
     shown = other.act("verdict")
-    assert shown["favourite"] == {"times": 1, "among": 1} and shown["judged"] == 3 and shown["approval"] is None
+    assert "favourite" not in shown and shown["judged"] == 3 and shown["approval"] is None
     shown = other.act("recommend", good=True, favourite=True, note="send it")
     assert shown["given"] == {"good": True, "note": "send it", "favourite": True}
     other.act("recommend", good=True, favourite=True, note="send it")
@@ -206,6 +206,65 @@ def test_a_free_talk_goes_on_and_a_question_sent_twice_is_asked_once(reviewed, r
     shown = reader.act("go", course="", at=1)
     assert shown["scene"] | {"turns": []} == shown["scene"] and shown["scene"]["state"] == "new"
     assert "too long" in reader.act("say", text="x" * 4001, after=0)["error"]
+
+
+def test_places_that_there_are_not_begin_no_talk(reviewed, panel, reader):
+    reader.begin()
+    reader.act("go", course="", at=None)
+    for at in (-1, 1, 10**29):
+        for do, given in (("say", {"text": "Who are you?", "after": 0}), ("ask", {}), ("recorded", {})):
+            assert "no such question" in reader.act(do, screen="talk", course="", at=at, **given)["error"]
+    reader.act("go", course="three", at=0)
+    reader.answered()
+    for at in (-1, 3, 10**29):
+        for do in ("go", "ask", "recorded", "stop", "retry"):
+            assert "no such question" in reader.act(do, screen="question", course="three", at=at)["error"]
+    assert len(talks.everyone(reviewed)) == 1
+
+
+def test_one_question_of_a_session_is_answered_at_a_time(reviewed, panel, reader):
+    run = queue.submit(reviewed, "steps", recipe={"of": 100_000, "seconds": 0.02}, who="test")
+    until(lambda: run.status().state is State.running)
+    reader.begin()
+    reader.act("go", course="", at=None)
+    assert reader.act("say", text="Where do you live?", after=0)["scene"]["state"] == "coming"
+    refused = reader.act("ask", screen="question", course="three", at=0)
+    assert "Choose first" in refused["error"]
+    # Who goes on to a question has left the one before.
+    assert reader.act("go", course="three", at=0)["scene"]["state"] == "coming"
+    assert reader.act("look", screen="talk", course="", at=0)["scene"]["state"] == "broken"
+    assert "another of your questions" in reader.act("ask", screen="talk", course="", at=0)["error"]
+    said = reader.act("say", screen="talk", course="", at=1, text="Is it warm?", after=0)
+    assert "another of your questions" in said["error"]
+    assert len(talks.everyone(reviewed)) == 2
+    reader.act("stop", screen="question", course="three", at=0)
+    assert reader.act("ask", screen="talk", course="", at=0)["error"] == ""
+    reader.act("stop", screen="talk", course="", at=0)
+    queue.stop(reviewed, run.id, kill=True)
+
+
+def test_two_tabs_that_ask_the_next_turn_at_once_both_go_on(reviewed, panel, reader, monkeypatch):
+    ask = panel.asking.ask
+
+    def twice(talk_id: str, question: str) -> None:
+        """As if the other tab had looked a moment before."""
+        ask(talk_id, question)
+        ask(talk_id, question)
+
+    reader.begin()
+    reader.act("go", course="three", at=1)
+    monkeypatch.setattr(panel.asking, "ask", twice)
+    scene = reader.answered()
+    assert [turn["question"] for turn in scene["turns"]] == ["Where do you live?", "Is it warm?"]
+
+
+def test_nobody_unloads_what_others_use_where_no_training_waits(panel, reader):
+    reader.begin()
+    reader.act("go", course="three", at=0)
+    reader.answered()
+    before = {each.pid for each in panel.pool.view().loaded}
+    assert reader.act("let_training_begin")["error"] == ""
+    assert before and {each.pid for each in panel.pool.view().loaded} == before
 
 
 def test_a_file_that_was_tampered_with_fails_in_its_card_and_the_others_answer(reviewed, panel, export):

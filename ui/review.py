@@ -200,11 +200,7 @@ class _Page:
             case "keep_machine":
                 autostop.cancel(self._home, "the reviewer")
             case "recommend":
-                before = blind.recommendation(self._home, session)
-                column = blind.favourite(self._home, session)[0] if given.favourite else ""
-                note = (given.note or "").strip()
-                if before is None or (before.good, before.column, before.note) != (given.good, column, note):
-                    blind.recommend(self._home, session, given.good, given.favourite, note)
+                blind.recommend(self._home, session, given.good, given.favourite, given.note or "")
             case "approve":
                 sittings.approve(session, given.note or "")
         if at is None:
@@ -289,13 +285,12 @@ class _Page:
 
     def _last_word(self, session: Session) -> dict[str, Any]:
         given = blind.recommendation(self._home, session)
-        column, times, among = blind.favourite(self._home, session)
         may = self._sittings.may_approve(session.role)
         return {
+            # What they asked for: whether a favourite stood out would tell which letters are the same file.
             "given": None
             if given is None
-            else {"good": given.good, "note": given.note, "favourite": given.column != ""},
-            "favourite": {"times": times, "among": among} if column else None,
+            else {"good": given.good, "note": given.note, "favourite": given.favourite or given.column != ""},
             "judged": len(blind.mine(self._home, session)),
             "approval": self._sittings.approval(session) if may else None,
             "longest": reviews.LONGEST_NOTE,

@@ -650,7 +650,6 @@ window.katherineReview = (() => {
       kept.drafts.last = note.value;
       keep();
     });
-    const favourite = state.favourite;
     const save = make("button", { type: "submit", class: "r-button r-main", text: "Save my recommendation" });
     const thanks = make("p", { class: "r-thanks", role: "status" });
     const form = make("form", { class: "r-form", on: { submit: (event) => {
@@ -668,11 +667,10 @@ window.katherineReview = (() => {
       make("fieldset", {}, make("legend", { text: "Would you let this go out?" }),
         radio("good", "yes", "Yes, it is good enough", given?.good === true),
         radio("good", "no", "No, not yet", given?.good === false)),
-      favourite
-        ? make("fieldset", {}, make("legend", { text: "Do you have a favourite?" }),
-            radio("favourite", "mine", `Yes: the version that I chose most often (${favourite.times} of ${favourite.among} times)`, given ? given.favourite : false),
-            radio("favourite", "none", "No preference", given ? !given.favourite : false))
-        : make("p", { class: "r-hint", text: "No version stands out in what you chose so far, so none is noted as your favourite." }),
+      make("fieldset", {}, make("legend", { text: "Do you have a favourite?" }),
+        radio("favourite", "mine", "Yes: the version that I chose most often", given ? given.favourite : false),
+        radio("favourite", "none", "No preference", given ? !given.favourite : false),
+        make("p", { class: "r-hint", text: "Which one that is stays hidden. If none was chosen more often than the others, none is noted." })),
       make("label", { for: "r-note", text: "Anything that you would like to add" }),
       note,
       save,
