@@ -38,6 +38,14 @@ class Person:
         self.page.wait_for_timeout(700)  # for a figure's or a tab's last frame: a picture, not a check
         self.page.screenshot(path=PICTURES / f"{name}.png", full_page=True)
 
+    def sees(self, text: str, patience: float = 15) -> None:
+        """Wait until the text is in sight, at most `patience` seconds."""
+        found, deadline = self.page.get_by_text(text).locator("visible=true"), time.monotonic() + patience
+        while not found.count():
+            shown = "" if time.monotonic() < deadline else self.page.locator("body").inner_text()
+            assert not shown, f"{text!r} is not in sight; complaints: {self.complaints}; what is:\n{shown}"
+            self.page.wait_for_timeout(100)
+
     def button(self, name: str) -> Any:
         return self.page.get_by_role("button", name=name).locator("visible=true").first
 

@@ -16,6 +16,7 @@ import pytest
 from fastapi import FastAPI
 from gradio.state_holder import SessionState
 from starlette.testclient import TestClient
+from visitor import as_drawn
 
 from jobs import errands
 from katherine import bases, corpus, drafts, runs, shelf
@@ -97,7 +98,7 @@ class Visitor:
         return self._fire(function, data)
 
     def value(self, component: Any) -> Any:
-        return self.shows[component._id]["value"]
+        return as_drawn(component, self.shows[component._id]["value"])
 
     def set(self, component: Any, value: Any) -> None:
         self.shows[component._id]["value"] = value

@@ -131,7 +131,7 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
     )
     assert queue.wait(home, export.id, timeout=400).state is State.succeeded, export.status()
     manifest = json.loads((export.out / "gguf" / "manifest.json").read_bytes())
-    page.get_by_text("3 of 3 files accepted").locator("visible=true").first.wait_for(timeout=15_000)
+    me.sees("3 of 3 files accepted")
 
     # And tries all three at once.
     me.open("chat")
@@ -187,7 +187,7 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
 
     # What came of it, unblinded, and the next round's data.
     me.open("review")
-    page.get_by_text("Rita").locator("visible=true").first.wait_for(timeout=15_000)
+    me.sees("Rita")
     me.picture("review-seen-by-the-operator")
     before = {path.name for path in home.datasets.iterdir()}
     page.get_by_label("Name of the new dataset").fill("round-2")
@@ -215,7 +215,7 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
     me.picture("publish-pushing")
     held.release()
     receipt = until(lambda: publish.receipts(home, export.id), 120, "no receipt came")[0]
-    page.get_by_text("over 3 lines").locator("visible=true").first.wait_for(timeout=15_000)
+    me.sees("over 3 lines")
     me.picture("publish-pushed")
     assert hub.buckets[BUCKET].private
     arrived = hub.download(BUCKET, tmp_path / "arrived")

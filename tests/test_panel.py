@@ -143,7 +143,7 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     sft, dpo, export, probe = queued = runs.everyone(home)
     assert [run.record.kind for run in queued] == ["sft", "dpo", "export", "probe"]
     until(lambda: sft.status().step >= 3, 180, "the training did not begin")
-    page.get_by_text(sft.id).locator("visible=true").first.wait_for()
+    me.sees(sft.id)
     page.locator(".k-plot .main-svg").first.wait_for()
     me.picture("train-running")
 
@@ -157,7 +157,7 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     me = at_the_panel()
     me.open("train")
     page = me.page
-    page.get_by_text(sft.id).locator("visible=true").first.wait_for(timeout=10_000)
+    me.sees(sft.id, 10)
     assert sft.status().supervisor == supervisor
     assert len(runs.everyone(home)) == 4, "a second run was started"
 
@@ -181,18 +181,18 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
 
     phone = at_the_panel(viewport=PHONE, color_scheme="dark")
     phone.open("train")
-    phone.page.get_by_text(sft.id).locator("visible=true").first.wait_for()
+    phone.sees(sft.id)
     phone.picture("train-phone-dark")
 
     until(lambda: dpo.status().step >= 3, 300, f"DPO did not begin: {sft.status()}")
-    me.page.get_by_text(dpo.id).locator("visible=true").first.wait_for(timeout=15_000)
+    me.sees(dpo.id)
     me.picture("train-dpo")
     for run in (sft, dpo, export):
         assert queue.wait(home, run.id, timeout=400).state is State.succeeded, run.status()
 
     # What came of it, and one file taken home.
     me.open("export")
-    page.get_by_text("of 3 files accepted").locator("visible=true").first.wait_for(timeout=15_000)
+    me.sees("of 3 files accepted")
     me.picture("export")
     manifest = json.loads((export.out / "gguf" / "manifest.json").read_bytes())
     entry = manifest["files"][0]
@@ -202,13 +202,13 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     with path.open("rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
     phone.open("export")
-    phone.page.get_by_text("of 3 files accepted").locator("visible=true").first.wait_for(timeout=15_000)
+    phone.sees("of 3 files accepted")
     phone.picture("export-phone-dark")
 
     queue.stop(home, probe.id, kill=True)
     queue.wait(home, probe.id, timeout=60)
     me.open("history")
     page.locator("tr.k-row", has_text=sft.id[-10:]).first.click()
-    page.get_by_text("learning rate").locator("visible=true").first.wait_for()
+    me.sees("learning rate")
     me.picture("history")
     assert me.complaints == []

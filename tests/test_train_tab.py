@@ -15,6 +15,7 @@ import gradio as gr
 import practice_training
 import pytest
 from gradio.state_holder import SessionState
+from visitor import as_drawn
 
 from bench.past import write_past
 from jobs import pipeline, queue, slot
@@ -68,7 +69,8 @@ class Visitor:
         self.refresh()
 
     def value(self, name: str) -> Any:
-        return self.shows[getattr(self.tab, name)._id]["value"]
+        block = getattr(self.tab, name)
+        return as_drawn(block, self.shows[block._id]["value"])
 
     def property(self, name: str, key: str) -> Any:
         return self.shows[getattr(self.tab, name)._id][key]
@@ -96,7 +98,7 @@ class Visitor:
 
     def drawn(self) -> dict[str, Any]:
         return {
-            name: self.shows[figure._id]["value"]
+            name: as_drawn(figure, self.shows[figure._id]["value"])
             for name, figure in self.tab.figures.items()
             if self.shows[figure._id]["visible"]
         }

@@ -2,6 +2,7 @@
 would keep it. No browser, no server."""
 
 import asyncio
+import json
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 from gradio.state_holder import SessionState
 from starlette.requests import Request
 
+from ui.component import Data
 from ui.edge import shown
 from ui.panel import Panel
 from ui.passwords import Role
@@ -75,7 +77,7 @@ class Visitor:
         return found[0]
 
     def value(self, block: Any) -> Any:
-        return self.shows[block._id]["value"]
+        return as_drawn(block, self.shows[block._id]["value"])
 
     def visible(self, block: Any) -> bool:
         """Whether the component and all that it lies in are shown."""
@@ -101,8 +103,17 @@ class Visitor:
 
     def html(self) -> str:
         """Everything that goes into the page as HTML, tables and figures aside."""
-        values = [self.shows[key]["value"] for key, block in self.page.blocks.items() if isinstance(block, gr.HTML)]
+        values = [
+            self.shows[key]["value"]
+            for key, block in self.page.blocks.items()
+            if isinstance(block, gr.HTML) and not isinstance(block, Data)
+        ]
         return "\n".join(value for value in values if isinstance(value, str))
+
+
+def as_drawn(block: Any, value: Any) -> Any:
+    """A component's value as the page's script reads it."""
+    return json.loads(value) if isinstance(block, Data) else value
 
 
 def _request(role: Role) -> gr.Request:

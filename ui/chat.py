@@ -18,7 +18,7 @@ from katherine.runs import ENDED, State
 from katherine.talks import OVER, Answer, Round, Sampling, Talk
 from katherine.units import duration, moment, size
 from ui import files, runs, tones
-from ui.component import HTML, Choice, when_ready
+from ui.component import HTML, Choice, Data, when_ready
 from ui.edge import shown
 from ui.held import held
 from ui.panel import Live, Panel
@@ -99,7 +99,7 @@ class _Page:
                 js_on_load=_STATUS,
                 apply_default_css=False,
             )
-        self.loaded = HTML(
+        self.loaded = Data(
             None,
             html_template="<div class='k-loaded'></div>",
             js_on_load=when_ready("katherineTalk.loaded(element, props, watch, trigger)", "katherineTalk"),
@@ -430,9 +430,9 @@ def _html() -> HTML:
     return HTML("", apply_default_css=False, js_on_load=None, min_width=260)
 
 
-def _rounds(*, leads: bool) -> HTML:
+def _rounds(*, leads: bool) -> Data:
     call = f"katherineTalk.rounds(element, props, watch, trigger, {str(leads).lower()})"
-    return HTML(
+    return Data(
         None,
         html_template="<div class='k-rounds'></div>",
         js_on_load=when_ready(call, "katherineTalk"),

@@ -1,6 +1,7 @@
 """gr.HTML to derive components from. Gradio writes a .pyi file beside the source of every derived class, at import: not
 wanted in a checkout, nor possible in one that cannot be written to."""
 
+import json
 from typing import Any
 
 import gradio as gr
@@ -22,6 +23,15 @@ def when_ready(call: str, script: str = "katherine") -> str:
     scripts, in no certain order."""
     waited = f"new Promise((come) => addEventListener('{script}', come, {{ once: true }}))"
     return f"(window.{script} ? Promise.resolve() : {waited}).then(() => {{ {call}; }});"
+
+
+class Data(HTML):
+    """An HTML whose value is not a text but something that its script draws: whatever JSON can hold. It goes to the
+    page as one text, which `katherine.data(props)` reads there: Gradio's page copies the values of most components at
+    every event, part by part, and for a table of 500 rows that takes longer than opening a tab may."""
+
+    def postprocess(self, value: Any) -> str:
+        return json.dumps(value, separators=(",", ":"))
 
 
 class Choice(gr.Dropdown):

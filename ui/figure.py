@@ -3,10 +3,10 @@ drawn is plots' business."""
 
 from typing import Any
 
-from ui.component import HTML, when_ready
+from ui.component import Data, when_ready
 
 
-class Figure(HTML):
+class Figure(Data):
     """value: a figure as `plotly.graph_objects.Figure.to_plotly_json()` gives it, or None, which shows `empty`.
 
     Zoom and hidden traces are kept as long as `layout.uirevision` stays the same. Colours follow light and dark: leave

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ui.component import HTML, when_ready
+from ui.component import Data, when_ready
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Cell:
     whole: str = ""
 
 
-class Table(HTML):
+class Table(Data):
     """Rows of `Cell` (or plain values) under `columns`. A numeric column's label ends with "#", which is not shown.
     `table.select(handler)` hears clicks on rows; the handler's `event: gr.EventData` has `event.id`, the row's id.
     `empty` is what to do next when there are no rows."""

@@ -115,6 +115,8 @@ window.katherineTalk = (() => {
     };
   }
 
+  const valueOf = (props) => JSON.parse(props.value || "null"); // of a ui.component.Data
+
   // value: {talk, rounds: [{number, question, aside, answers: [...]}]}. leads: a question that is new in it is
   // scrolled to the top, once; from there its answers grow downwards.
   function rounds(element, props, watch, trigger, leads) {
@@ -122,7 +124,7 @@ window.katherineTalk = (() => {
     const shown = [];
     let last = "";
     const draw = () => {
-      const value = props.value || { talk: "", rounds: [] };
+      const value = valueOf(props) || { talk: "", rounds: [] };
       while (shown.length < value.rounds.length) {
         shown.push(roundNode(trigger));
         host.append(shown[shown.length - 1].node);
@@ -173,10 +175,9 @@ window.katherineTalk = (() => {
     const host = element.querySelector(".k-loaded");
     let drawn = "";
     const draw = () => {
-      const value = props.value || { words: "", columns: [] };
-      const now = JSON.stringify(value);
-      if (now === drawn) return;
-      drawn = now;
+      if (props.value === drawn) return;
+      drawn = props.value;
+      const value = valueOf(props) || { words: "", columns: [] };
       const list = make("ul");
       for (const column of value.columns) {
         const item = make("li");

@@ -8,6 +8,19 @@ window.katherine = (() => {
     return node;
   };
 
+  // What a component of ui.component.Data shows now: a function, which reads the text only when it is another.
+  function data(props) {
+    let text;
+    let value = null;
+    return () => {
+      if (props.value !== text) {
+        text = props.value;
+        value = text ? JSON.parse(text) : null;
+      }
+      return value;
+    };
+  }
+
   // ---------------------------------------------------------------------------------------------- tables
   const shown = (cell) => (cell !== null && typeof cell === "object" ? cell.t : cell);
   const sortKey = (cell) => (cell !== null && typeof cell === "object" && cell.s !== null ? cell.s : shown(cell));
@@ -34,8 +47,9 @@ window.katherine = (() => {
 
   function table(element, props, watch, select) {
     const host = element.querySelector(".k-table");
+    const now = data(props);
     const state = { column: null, down: false };
-    let drawn = "";
+    let drawn = null;
 
     const order = (value) => {
       const rows = value.rows.map((cells, index) => ({ cells, id: value.ids ? value.ids[index] : null, index }));
@@ -79,10 +93,10 @@ window.katherine = (() => {
     });
 
     const draw = () => {
-      const value = props.value;
-      const now = JSON.stringify([value, state]);
-      if (!value || now === drawn) return;
-      drawn = now;
+      const value = now();
+      const how = `${state.column} ${state.down}`;
+      if (!value || (drawn && drawn.value === value && drawn.how === how)) return;
+      drawn = { value, how };
       if (!value.rows.length) {
         host.replaceChildren(make("p", "k-empty", value.empty));
         return;
@@ -154,17 +168,18 @@ window.katherine = (() => {
     const host = element.querySelector(".k-plot");
     const empty = element.querySelector(".k-empty");
     host.style.minHeight = `${props.height}px`;
+    const now = data(props);
     let drawn = [];
     const draw = () => {
-      const value = props.value;
+      const value = now();
       empty.textContent = value ? "" : props.empty;
       empty.style.display = value ? "none" : "";
       host.style.display = value ? "" : "none";
       // Hidden in a closed tab there is no width to draw into; it is drawn when the tab opens.
       if (!value || typeof Plotly === "undefined" || !host.offsetParent) return;
-      const now = [value, host.clientWidth, document.body.classList.contains("dark")];
-      if (now.every((part, index) => part === drawn[index])) return;
-      drawn = now;
+      const drawing = [value, host.clientWidth, document.body.classList.contains("dark")];
+      if (drawing.every((part, index) => part === drawn[index])) return;
+      drawn = drawing;
       const layout = painted(value.layout || {}, props.height, host.clientWidth < 500);
       Plotly.react(host, value.data, layout, { displaylogo: false, responsive: false, scrollZoom: false,
         modeBarButtonsToRemove: ["lasso2d", "select2d"] });
@@ -184,10 +199,29 @@ window.katherine = (() => {
     new MutationObserver(redraw).observe(document.body, { attributes: true, attributeFilter: ["class"] });
   }, 100);
 
-  // A session that has ended answers 401 to the page's polls: back to the door, and from there to this tab.
+  // ---------------------------------------------------------------------------------------------- clocks
+  function clock(element, trigger, every) {
+    const place = element.closest(".tabitem");
+    let running = null;
+    const look = () => {
+      const inSight = !document.hidden && element.isConnected && (!place || place.offsetParent !== null);
+      if (inSight === (running !== null)) return;
+      clearInterval(running || undefined);
+      running = inSight ? (every && setInterval(() => trigger("tick"), every)) : null;
+      if (inSight) trigger("tick");
+    };
+    document.addEventListener("visibilitychange", look);
+    if (place) new ResizeObserver(look).observe(place); // opened, it has a size; closed, none
+    look();
+  }
+
+  // ---------------------------------------------------------------------------------------------- requests
+  // A session that has ended answers 401 to the page's polls: back to the door, and from there to this tab. And an
+  // answer that never comes would leave its part of the page waiting for ever; the server itself gives up sooner.
   const fetched = window.fetch;
-  window.fetch = async (...asked) => {
-    const answer = await fetched(...asked);
+  window.fetch = async (what, how) => {
+    const event = String(what?.url || what).includes("/gradio_api/run/");
+    const answer = await fetched(what, event ? { signal: AbortSignal.timeout(40000), ...how } : how);
     if (answer.status === 401 && new URL(answer.url).origin === location.origin) {
       location.assign(`/login?next=${encodeURIComponent(location.pathname)}`);
     }
@@ -218,6 +252,6 @@ window.katherine = (() => {
     setTimeout(() => clearInterval(patience), 10000);
   }
 
-  return { table, figure, redraw, openTab };
+  return { data, table, figure, redraw, clock, openTab };
 })();
 window.dispatchEvent(new Event("katherine"));
