@@ -14,7 +14,7 @@ from katherine.history import Seen
 from katherine.pace import Pace
 from katherine.runs import ENDED, State
 from katherine.settings import Home
-from katherine.units import duration, moment, size
+from katherine.units import duration, moment
 from ui import files, plots, tones
 from ui.component import HTML, Choice
 from ui.edge import message, shown
@@ -494,9 +494,10 @@ def _nothing(picked: bool) -> str:
 def _log_link(run: Seen | None) -> str:
     if run is None or not files.log_parts(run.run):
         return Markup("<p class='k-empty'>No log yet.</p>")
-    address = files.address(run.id, files.LOG)
-    return Markup("<p>Log, its last {} lines. <a href='{}' download>Download all, {}</a></p>").format(
-        LOG_LINES, address, size(logs.size(run.run))
+    # As often as the link is made: a smaller figure would be an old one.
+    whole = logs.size(run.run) // 1_000_000
+    return Markup("<p>Log, its last {} lines. <a href='{}' download>Download all{}</a></p>").format(
+        LOG_LINES, files.address(run.id, files.LOG), f", {whole} MB" if whole else ""
     )
 
 
