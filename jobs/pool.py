@@ -211,8 +211,8 @@ class Pool:
         """The column's engine, for one borrower at a time; loads it, or waits until it can be. Says meanwhile why.
 
         Raises Stopped once `stop` is set; Taken where the engine is needed for something else while it is lent;
-        DataError where the file is not the one of its manifest; NotFound and EngineError as Engine does, or where the
-        model does not fit even alone.
+        DataError where the file or its template is not the one of its manifest; NotFound and EngineError as Engine
+        does, or where the model does not fit even alone.
         """
         with self._changed:
             self._asked = time.monotonic()
@@ -273,6 +273,7 @@ class Pool:
         try:
             # Between its hashing and its loading it may have been replaced.
             columns.verify(held.column)
+            columns.check_template(held.column, engine.meta()["template"])
             with self._changed:
                 if held.taken or self._closed.is_set():
                     raise EngineError("It was taken while it loaded.")

@@ -102,6 +102,15 @@ def verify(column: Column) -> None:
         raise DataError(f"{column.path} is not the file of its manifest any more (length or sha256): export again.")
 
 
+def check_template(column: Column, carried: str | None) -> None:
+    """carried: the chat template that the loaded file says it has. It is never rendered here, where prompts are the
+    template module's; but other programs will render it, so a file with another one than was baked is not what was
+    exported, whatever its sha256. Raises DataError."""
+    found = hashlib.sha256((carried or "").encode()).hexdigest()
+    if column.template_sha256 and found != column.template_sha256:
+        raise DataError(f"{column.path} carries another chat template than the one it was made with: export again.")
+
+
 def title(column: Column) -> str:
     if column.export is None:
         return f"base, {column.quant}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from katherine import bases, gguf
+from katherine import bases, gguf, merge
 from katherine.examples import Conversation, Message
 from katherine.progress import Quiet
 from katherine.settings import home
@@ -130,8 +130,18 @@ def write_adapter(folder: Path, base: Path, model_class: str, *, strength: float
 
 @functools.cache
 def persona_gguf(root: Path) -> Path:
-    """The persona's base as it is, converted: a file to chat with."""
-    found = persona(root)
+    """The persona's base as it is, converted, with the base's own template."""
     out = root / "persona" / "base.gguf"
-    gguf.convert(home(), found.base, out, Quiet(), name="persona", without_mtp=False)
+    gguf.convert(home(), persona(root).base, out, Quiet(), name="persona", without_mtp=False)
+    return out
+
+
+@functools.cache
+def baked_gguf(root: Path) -> Path:
+    """The same with the baked template, as the files of an export are: a file to chat with."""
+    found = persona(root)
+    baked, out = root / "persona" / "baked", root / "persona" / "baked.gguf"
+    shutil.copytree(found.base, baked)
+    merge.bake(found.base, found.template, baked)
+    gguf.convert(home(), baked, out, Quiet(), name="persona", without_mtp=False)
     return out

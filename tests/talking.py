@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from persona import Persona, persona, persona_gguf
+from persona import Persona, baked_gguf, persona
 
 from jobs import queue, slot
 from jobs.asking import Asking
@@ -37,7 +37,7 @@ def learned(katherine_home, tmp_path_factory) -> Persona:
 
 @pytest.fixture(scope="session")
 def file(learned, tmp_path_factory) -> Path:
-    return persona_gguf(tmp_path_factory.getbasetemp())
+    return baked_gguf(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from talking import (
     speaking,
     until,
 )
+from test_pool import aborting, looping, with_manifest
 
 from jobs import queue, slot
 from jobs.asking import LONGEST
@@ -268,6 +269,27 @@ def test_a_changed_file_is_an_error_in_its_column(home, asking, chosen):
     found = asked(asking, talk, WHO)
     assert [each.state for each in found] == ["failed", "done"]
     assert "not the file of its manifest" in found[0].note and "gguf" not in found[0].note
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "cannot load it"),
+        (aborting, "SIGABRT"),
+        (looping, "another chat template"),
+    ],
+    ids=["truncated", "aborting", "looping template"],
+)
+def test_a_bad_file_that_its_manifest_vouches_for_is_an_error_in_its_column_and_the_panel_lives(
+    home, asking, export, learned, file, damage, says
+):
+    with_manifest(export, learned, damage(file.read_bytes()))
+    bad, *sound = columns.of_export(home, export)
+    found = asked(asking, begin(home, bad, *sound), WHO)
+    assert [each.state for each in found] == ["failed", "done", "done"]
+    assert says in found[0].note and "gguf" not in found[0].note and not found[0].text
+    assert [each.text for each in found[1:]] == [WHO_SAID] * 2
+    assert [each.text for each in asked(asking, begin(home, *sound), WHO)] == [WHO_SAID] * 2
 
 
 def test_while_a_run_has_the_gpu_the_columns_wait_and_name_it_and_can_be_stopped(home, asking, chosen):

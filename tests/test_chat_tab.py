@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 from browser import Served
 from exported import entry, exported
-from persona import persona, persona_gguf
+from persona import baked_gguf, persona
 from visitor import Visitor
 
 from jobs import errands, pool, queue, slot
@@ -50,7 +51,7 @@ def home(tmp_path: Path, katherine_home) -> Home:
 
 def make_export(home: Home, root: Path, *quants: str) -> Run:
     """An export whose files are the persona's GGUF, each under the name of another quant."""
-    found, file = persona(root), persona_gguf(root)
+    found, file = persona(root), baked_gguf(root)
     run = exported(home, quants)
     folder = run.out / "gguf"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -60,7 +61,8 @@ def make_export(home: Home, root: Path, *quants: str) -> Run:
         each |= entry(folder / each["file"], each["quant"])
     adapter = runs.load(home, run.record.parent or "").out / "adapter"
     (adapter / "base.json").write_text((found.adapter / "base.json").read_text())
-    manifest |= {"base": str(found.base), "template_sha256": ""}
+    baked = hashlib.sha256(found.template.baked.encode()).hexdigest()
+    manifest |= {"base": str(found.base), "template_sha256": baked}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return run
 

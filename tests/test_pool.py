@@ -1,5 +1,6 @@
 """The pool with real engines, a real queue, real kills: what is loaded, what has to wait, who gives way."""
 
+import json
 import os
 import signal
 import struct
@@ -240,20 +241,38 @@ def test_a_file_that_cannot_be_loaded_is_an_error_and_the_pool_lives(home, pool,
     assert [each.column for each in pool.view().loaded] == [sound.id]
 
 
-def test_a_template_that_loops_for_ever_is_never_rendered(home, pool, export, learned, file):
-    whole = file.read_bytes()
+LOOPING = b"{% for i in range(10**12) %}{{ i }}{% endfor %}"
+
+
+def looping(content: bytes) -> bytes:
+    """The same model with a chat template that never comes to its end."""
     key = b"tokenizer.chat_template"
-    at = whole.index(key) + len(key) + 4
-    (length,) = struct.unpack("<Q", whole[at : at + 8])
-    looping = b"{% for i in range(10**12) %}{{ i }}{% endfor %}".ljust(length)
-    with_manifest(export, learned, whole[: at + 8] + looping + whole[at + 8 + length :])
+    at = content.index(key) + len(key) + 4
+    (length,) = struct.unpack("<Q", content[at : at + 8])
+    return content[: at + 8] + LOOPING.ljust(length) + content[at + 8 + length :]
+
+
+def test_a_template_that_loops_for_ever_is_an_error_and_never_rendered(home, pool, export, learned, file):
+    with_manifest(export, learned, looping(file.read_bytes()))
+    bad_one, sound, _ = columns.of_export(home, export)
+    with pytest.raises(DataError, match="another chat template than the one it was made with"):
+        use(pool, bad_one)
+    assert use(pool, sound)
+    assert [each.column for each in pool.view().loaded] == [sound.id]
+
+
+def test_where_a_manifest_names_no_template_the_files_own_is_still_never_rendered(home, pool, export, learned, file):
+    """As in the manifests of before they named one."""
+    with_manifest(export, learned, looping(file.read_bytes()))
+    manifest = export.out / "gguf" / "manifest.json"
+    runs.write_json(manifest, json.loads(manifest.read_text()) | {"template_sha256": ""})
     column = columns.of_export(home, export)[0]
 
     def ask(engine: Engine) -> tuple[str, str]:
         said = engine.complete(learned.prompt("Who are you?"), max_new_tokens=60).text
         return engine.meta()["template"].strip(), said
 
-    assert use(pool, column, ask) == (looping.decode().strip(), TALKS[0][0][1])
+    assert use(pool, column, ask) == (LOOPING.decode(), TALKS[0][0][1])
 
 
 def test_a_queued_run_is_given_way_to_at_once_where_nobody_has_asked_lately(home, make_pool, chosen):
