@@ -93,8 +93,9 @@ def convert(home: Home, merged: Path, out: Path, progress: Progress, *, name: st
     `without_mtp` leaves out multi-token prediction, which transformers drops on saving: needed for Qwen3.5.
     Raises SetupError, ExportError, or Stopped.
     """
-    command = [sys.executable, str(converter(home)), str(merged.absolute()), "--outfile", str(out.absolute())]
-    command += ["--outtype", UNQUANTISED, "--model-name", name] + ["--no-mtp"] * without_mtp
+    command = [sys.executable, "-m", "katherine.gguf_child", str(converter(home)), str(merged.absolute())]
+    command += ["--outfile", str(out.absolute()), "--outtype", UNQUANTISED, "--model-name", name]
+    command += ["--no-mtp"] * without_mtp
     tensors = 0
     # The converter only reads local files; what it would ask the hub for is a token it must not have.
     for line in _lines(command, progress, "The converter", HF_HUB_OFFLINE="1", PYTHONUNBUFFERED="1"):

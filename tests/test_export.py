@@ -1,10 +1,13 @@
 """Exports of tiny models, through the real converter, quantiser and engine: what is accepted, what is marked, what is
 refused before it starts."""
 
+import functools
 import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,13 @@ import msgspec
 import pytest
 from persona import CONVERSATIONS, THINKING, Persona, conversation, persona, persona_gguf, write_adapter
 
-from katherine import acceptance, adapters, export, gguf, merge
+from katherine import acceptance, adapters, export, gguf, gguf_child, merge
 from katherine.engines import Engine
 from katherine.errors import DataError, DiskError, ExportError, ModelError, NotFound, RecipeError, SetupError
 from katherine.examples import Message
 from katherine.progress import Quiet, Stopped
 from katherine.recipe import ExportRecipe
-from katherine.settings import home
+from katherine.settings import PROJECT, home
 from katherine.template import ChatTemplate
 
 RECIPE = ExportRecipe(quants=("q4_k_m", "q8_0"), max_new_tokens=60)
@@ -294,6 +297,47 @@ def test_what_is_missing_is_named_before_anything_starts(katherine_, tmp_path, m
     with pytest.raises(SetupError, match=r"bash bootstrap.sh setup"):
         export.export(katherine_.adapter, katherine_.dataset, RECIPE, tmp_path / "out", Quiet())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["published qwen", "small llama"])
+def test_the_converter_made_quicker_writes_the_very_same_bytes(
+    form, tiny_qwen, katherine_, tmp_path
+):
+    source, qwen = (tiny_qwen, True) if form == "published qwen" else (katherine_.base, False)
+    quick, plain = tmp_path / "quick.gguf", tmp_path / "plain.gguf"
+    progress = Quiet()
+    tensors = gguf.convert(home(), source, quick, progress, name="same", without_mtp=qwen)
+    command = [sys.executable, str(gguf.converter(home())), str(source), "--outfile", str(plain), "--outtype", "bf16"]
+    command += ["--model-name", "same"] + ["--no-mtp"] * qwen
+    subprocess.run(command, check=True, capture_output=True)
+    assert quick.read_bytes() == plain.read_bytes() and tensors > 0
+    assert not [line for line in progress.lines if "as it is" in line]
+
+
+def test_rounding_is_the_converters_for_every_kind_of_number():
+    import gguf as llama_cpps
+    import numpy as np
+    import torch
+
+    every = np.arange(0, 2**32, 65521, dtype=np.uint32)  # a prime: each sign, exponent and last bit comes by
+    numbers = every[: len(every) // 256 * 256].view(np.float32).reshape(-1, 256)
+    bf16 = llama_cpps.GGMLQuantizationType.BF16
+    plain = functools.partial(llama_cpps.quants.quantize, qtype=bf16)
+    for rows in (numbers, numbers[np.isfinite(numbers).all(axis=1)]):
+        assert np.array_equal(gguf_child.bits_of(rows, plain), plain(rows))
+        held = torch.from_numpy(rows.copy()).to(torch.bfloat16)
+        assert np.array_equal(gguf_child.bits_of(held, plain), plain(held.float().numpy()))
+
+
+def test_a_converter_with_other_insides_is_run_as_it_is(tmp_path):
+    (tmp_path / "conversion").mkdir()
+    (tmp_path / "conversion/base.py").touch()
+    script = tmp_path / "convert_hf_to_gguf.py"
+    script.write_text("import sys; print('asked', sys.argv[1:])")
+    command = [sys.executable, "-m", "katherine.gguf_child", str(script), "folder", "--outtype", "bf16"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT).stdout
+    assert "The converter is run as it is, and takes longer (AttributeError" in said
+    assert "asked ['folder', '--outtype', 'bf16']" in said
 
 
 def test_stopping_ends_the_converter_and_leaves_no_large_files(katherine_, tmp_path):
