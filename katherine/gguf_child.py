@@ -48,7 +48,9 @@ def quicken() -> None:
     from conversion import base
     from gguf.gguf_writer import WriterState
 
-    lazy_torch, lazy_numpy, bf16, writer = base.LazyTorchTensor, gguf.LazyNumpyTensor, gguf.quants.BF16, gguf.GGUFWriter
+    lazy_torch, lazy_numpy = base.LazyTorchTensor, gguf.LazyNumpyTensor
+    bf16: Any = gguf.quants.BF16
+    writer: Any = gguf.GGUFWriter
     to_numpy, quantize, write = lazy_torch.numpy, bf16.quantize, writer.write_tensors_to_file
     shape_in_bytes = gguf.quant_shape_to_byte_shape
     kind = gguf.GGMLQuantizationType.BF16

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from persona import CONVERSATIONS, THINKING, Persona, conversation, persona, persona_gguf, write_adapter
 
-from katherine import acceptance, adapters, export, gguf, gguf_child, merge
+from katherine import acceptance, adapters, export, gguf, gguf_child, merge, model
 from katherine.engines import Engine
 from katherine.errors import DataError, DiskError, ExportError, ModelError, NotFound, RecipeError, SetupError
 from katherine.examples import Message
@@ -154,6 +154,49 @@ def test_merged_weights_are_base_plus_adapter_and_every_file_ends_the_turn_alike
     assert (merged / "chat_template.jinja").read_text() == katherine_.template.baked
     assert read["config.json"]["eos_token_id"] == 2
     assert read["generation_config.json"] == {"eos_token_id": 2, "top_k": 7}
+
+
+def test_a_base_is_rounded_as_if_it_had_been_loaded_in_4_bits_and_is_itself_again(tiny_qwen, tmp_path):
+    """The rounding is a stand-in here; NF4 needs bitsandbytes (tests/gpu)."""
+    import torch
+
+    kind = "Qwen3_5ForConditionalGeneration"
+    adapter = write_adapter(tmp_path / "adapter", tiny_qwen, kind, strength=0.05)
+    template = ChatTemplate.load(tiny_qwen)
+    samples = [template.training(c) for c in CONVERSATIONS]
+    loaded = model.with_adapter(adapters.base_of(home(), adapter), adapter)
+
+    def coarse(weight):
+        return (weight * 64).round() / 64
+
+    with merge.rounded(loaded, coarse):
+        found = merge.log_probabilities(loaded, samples)
+        with pytest.raises(IndexError):
+            loaded(input_ids=torch.tensor([[10**9]]))
+    plain = merge.log_probabilities(loaded, samples)
+    linear = [
+        (name, module)
+        for name, module in loaded.get_base_model().named_modules()
+        if type(module) is torch.nn.Linear and "lora_" not in name and name != "lm_head"
+    ]
+    # 3 gated-delta layers of 8 linear modules, one attention layer of 7; a vision tower beside them.
+    assert len([name for name, _ in linear if "visual" not in name]) == 31
+    for _, module in linear:
+        module.weight.data = coarse(module.weight.data)
+    assert torch.equal(found, merge.log_probabilities(loaded, samples)) and not torch.equal(found, plain)
+
+
+def test_samples_that_go_through_the_model_together_get_the_probabilities_that_each_gets_alone(tiny_qwen, tmp_path):
+    import torch
+
+    kind = "Qwen3_5ForConditionalGeneration"
+    adapter = write_adapter(tmp_path / "adapter", tiny_qwen, kind, strength=0.05)
+    template = ChatTemplate.load(tiny_qwen)
+    samples = [template.training(c) for c in CONVERSATIONS]
+    assert len({len(sample.ids) for sample in samples}) > 1
+    loaded = model.with_adapter(adapters.base_of(home(), adapter), adapter)
+    alone = torch.cat([merge.log_probabilities(loaded, [sample]) for sample in samples])
+    assert torch.allclose(merge.log_probabilities(loaded, samples), alone, atol=1e-4)
 
 
 def test_an_adapter_of_another_base_is_refused(katherine_, tmp_path):
@@ -300,9 +343,7 @@ def test_what_is_missing_is_named_before_anything_starts(katherine_, tmp_path, m
 
 
 @pytest.mark.parametrize("form", ["published qwen", "small llama"])
-def test_the_converter_made_quicker_writes_the_very_same_bytes(
-    form, tiny_qwen, katherine_, tmp_path
-):
+def test_the_converter_made_quicker_writes_the_very_same_bytes(form, tiny_qwen, katherine_, tmp_path):
     source, qwen = (tiny_qwen, True) if form == "published qwen" else (katherine_.base, False)
     quick, plain = tmp_path / "quick.gguf", tmp_path / "plain.gguf"
     progress = Quiet()
