@@ -104,3 +104,27 @@ def test_datasets_are_changed_listed_compared_shown_and_deleted(app, files):
 def test_fetch_says_in_words_what_is_no_place_on_the_hub(app):
     ran = app("fetch", "nowhere")
     assert ran.returncode == 1 and "is no place on the hub" in ran.stderr and "Traceback" not in ran.stderr
+
+
+def test_presets_are_kept_with_changes_listed_used_and_deleted(app):
+    kept = app("presets", "--save", "mine", "--preset", "demo", "--set", "sft.lora_r=16", "--set", "dpo.beta=0.3")
+    listed = [line.split() for line in kept.stdout.splitlines()]
+    assert ["mine", "saved"] in listed and ["k0", "built-in"] in listed
+    assert json.loads(app("recipe", "sft", "--preset", "mine", "--json").stdout)["lora_r"] == 16
+    assert json.loads(app("recipe", "dpo", "--preset", "mine", "--json").stdout)["beta"] == 0.3
+    assert "mine" not in app("presets", "--delete", "mine").stdout
+    for words, says in (
+        (("--save", "k0"), "k0 is a built-in preset"),
+        (("--delete", "k0"), "cannot be deleted"),
+        (("--set", "sft.lora_r=16"), "say under which name"),
+    ):
+        refused = app("presets", *words)
+        assert refused.returncode == 1 and says in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_a_log_is_shown_from_its_end_and_searched_in_all_of_it(app, katherine_home):
+    run = runs.create(katherine_home, "sft", recipe={}, who="test")
+    run.log.write_text("".join(f"line {number} {'LOSS' if number % 100 == 0 else ''}\n" for number in range(1, 1001)))
+    assert app("log", run.id, "--lines", "2").stdout.split() == ["line", "999", "line", "1000", "LOSS"]
+    found = app("log", run.id, "--search", "loss").stdout.splitlines()
+    assert found[0] == "100: line 100 LOSS" and len(found) == 10

@@ -378,6 +378,7 @@ def test_the_command_line_turns_it_on_and_off_and_cancels(home, runpod, capsys):
     becomes(home, Phase.counting)
     assert said("status").startswith("Stopping this pod in ")
     assert said("cancel") == "Not stopping this pod. Kept running by the command line.\n"
+    assert said("seen").startswith("Auto-stop is on")
     assert said("off") == "Auto-stop is off.\n"
     assert not autostop.settings(home).enabled
     assert json.loads((autostop.folder(home) / "state.json").read_text())["phase"] == "cancelled"

@@ -43,7 +43,9 @@ def stop_pod_when_done(options: argparse.Namespace) -> None:
     if options.action_asked == "cancel":
         print(autostop.words(autostop.cancel(at, "the command line")))
         return
-    if options.action_asked != "status":
+    if options.action_asked == "seen":
+        autostop.acknowledge(at)
+    elif options.action_asked != "status":
         autostop.configure(at, options.action_asked == "on", options.minutes)
     print(autostop.words(autostop.view(at)))
 
@@ -64,5 +66,6 @@ def register(commands: Commands) -> None:
     command(commands, "doctor", examine, "what this machine can do, and what is wrong")
 
     p = command(commands, "autostop", stop_pod_when_done, "stop this RunPod pod when the queue has run empty")
-    p.add_argument("action_asked", nargs="?", default="status", choices=("on", "off", "cancel", "status"))
+    p.add_argument("action_asked", nargs="?", default="status", choices=("on", "off", "cancel", "seen", "status"),
+                   help="seen: what was shouted need not be shown any more (default: %(default)s)")  # fmt: skip
     p.add_argument("--minutes", type=float, help="the countdown, in which anyone can cancel (on)")

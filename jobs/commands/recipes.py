@@ -1,4 +1,4 @@
-"""Words on what a run will be and take: recipe, estimate, prices."""
+"""Words on what a run will be and take: recipe, presets, estimate, prices."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from katherine import (
     drafts,
     estimate,
     hardware,
+    presets,
     prices,
     recipe,
     targets,
@@ -57,6 +58,22 @@ def settings_of(options: argparse.Namespace, stage: str) -> dict[str, Any]:
             except ValueError:
                 values[field] = value
     return values
+
+
+def preset_list(options: argparse.Namespace) -> None:
+    at = home()
+    if options.delete:
+        presets.delete(at, options.delete)
+    if options.save:
+        values = {
+            stage: recipe.preset(options.preset, model, settings_of(options, stage), at).model_dump(mode="json")
+            for stage, model in recipe.KINDS.items()
+        }
+        presets.save(at, options.save, values)
+    elif options.set:
+        raise RecipeError(["--set changes what is kept: say under which name, with --save NAME."])
+    rows = [[name, "built-in" if name in recipe.PRESETS else "saved"] for name in recipe.preset_names(at)]
+    show(rows, ["preset", ""])
 
 
 def reckon(options: argparse.Namespace) -> None:
@@ -106,6 +123,12 @@ def register(commands: Commands) -> None:
     p.add_argument("--dataset", help="predict the steps on this dataset")
     p.add_argument("--set", action="append", metavar="STAGE.FIELD=VALUE")
     p.add_argument("--json", action="store_true")
+
+    p = command(commands, "presets", preset_list, "list the presets, keep one under a name, or delete a saved one")
+    p.add_argument("--save", metavar="NAME", help="keep --preset with the changes of --set under this name")
+    p.add_argument("--preset", default="k0", help="what is kept, but for the changes (default: %(default)s)")
+    p.add_argument("--set", action="append", metavar="STAGE.FIELD=VALUE")
+    p.add_argument("--delete", metavar="NAME")
 
     p = command(
         commands, "estimate", reckon, "what a pipeline on a dataset will take: steps, time, memory, disk, dollars"

@@ -1,4 +1,4 @@
-"""Words on runs: start, rerun, runs, follow, stop, resume."""
+"""Words on runs: start, rerun, runs, log, follow, stop, resume."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from katherine import (
     comparison,
     corpus,
     lineage,
+    logs,
     recipe,
     runs,
 )
@@ -116,6 +117,21 @@ def compare_runs(found: comparison.Comparison, as_json: bool) -> None:
     print(f"{found.equal} of the recipes' values are the same.")
 
 
+def log(options: argparse.Namespace) -> None:
+    """The end of a run's log, or every line that holds a text, with its number."""
+    run = runs.load(home(), options.run)
+    if options.search is None:
+        for line in logs.tail(run, options.lines):
+            print(line)
+        return
+    start: int | None = 1
+    while start is not None:
+        found = logs.search(run, options.search, start=start)
+        for each in found.lines:
+            print(f"{each.number}: {each.text}")
+        start = found.next
+
+
 def register(commands: Commands) -> None:
     p = command(commands, "start", start, "queue the pipeline on a dataset: SFT, DPO, export, probes")
     p.add_argument("dataset", nargs="?", help="with --on, by default the dataset of that run")
@@ -132,6 +148,11 @@ def register(commands: Commands) -> None:
     p.add_argument("run", nargs="?", help="show this one: its recipe, result and lineage")
     p.add_argument("--compare", nargs=2, metavar="RUN", help="what differs between two, and both results")
     p.add_argument("--json", action="store_true")
+    p = command(commands, "log", log, "the last lines of a run's log, or a search in all of it")
+    p.add_argument("run")
+    p.add_argument("--lines", type=int, default=40, help="(default: %(default)s)")
+    p.add_argument("--search", metavar="TEXT", help="every line with this text in it, whatever its case")
+
     for name, action, text in (
         ("follow", lambda o: demo.follow(home(), runs.load(home(), o.run), say), "wait for a run, saying where it is"),
         ("stop", lambda o: print(queue.stop(home(), o.run, kill=o.kill).state), "stop a run and keep what it has"),
