@@ -60,7 +60,7 @@ class _Page:
             ("Run", "Of", "State", "Files", "Asked for"),
             "Nothing has been exported yet. Train a run, then choose a quant above.",
             selects=True,
-            elem_classes="k-lines",
+            elem_classes=["k-lines", "k-chooses"],
         )
         with gr.Column(visible=False) as self.details:
             self.head = gr.HTML("")

@@ -27,7 +27,7 @@ TITLE = "History"
 ANY = "any"
 # What is drawn of a run here, of all that was logged: speed and memory are for watching it.
 CURVES = ("loss", "margin", "accuracy", "rewards", "learning_rate", "grad_norm")
-COLUMNS = ("Run", "Kind", "State", "Result", "Dataset", "On", "Steps#", "Took#", "Cost#", "Asked for", "Who")
+COLUMNS = ("Run", "Kind", "State", "Result", "Dataset", "Built on", "Steps#", "Took#", "Cost#", "Asked for", "Who")
 
 
 class _Page:
@@ -42,7 +42,9 @@ class _Page:
             self.state = gr.Dropdown([ANY, *State], value=ANY, label="State", min_width=130, scale=1)
             self.text = gr.Textbox("", label="Search", placeholder="id, dataset, base, who …", min_width=180, scale=3)
         self.count = gr.HTML("", elem_classes="k-dim")
-        self.table = Table(COLUMNS, "No run yet. Start one in the Train tab.", selects=True, elem_classes="k-all-runs")
+        self.table = Table(
+            COLUMNS, "No run yet. Start one in the Train tab.", selects=True, elem_classes=["k-all-runs", "k-chooses"]
+        )
         self.chosen = held("")
         self.other = held("")
         # What each component was last sent, by a short hash: so that only what changed is sent again.
@@ -56,8 +58,14 @@ class _Page:
             )
             with gr.Column(visible=False) as self.compared:
                 self.said = gr.HTML("")
-                self.differences = Table(("What differs", "This run", "The other"), "Nothing that was asked differs.")
-                self.results = Table(("Result", "This run", "The other", "Difference#"), "Neither has a result yet.")
+                self.differences = Table(
+                    ("What differs", "This run", "The other"), "Nothing that was asked differs.", elem_classes="k-pair"
+                )
+                self.results = Table(
+                    ("Result", "This run", "The other", "Difference#"),
+                    "Neither has a result yet.",
+                    elem_classes="k-pair",
+                )
             with gr.Row(elem_classes="k-curves"):
                 self.figures = [Figure("", height=240, min_width=340, scale=1, visible=False) for _ in CURVES]
             self.recipe_title = gr.HTML("", elem_classes="k-section")
@@ -183,7 +191,7 @@ class _Page:
         ]
         told.tell("recipe", self.recipe, rows, lambda: self.recipe.rows(rows))
         told.tell("expected", self.expected, _digest([seen]), lambda: self.expected.rows(self._expected(seen, outcome)))
-        facts = [[name.replace("_", " "), comparison.text(value)] for name, value in self._facts(seen)]
+        facts = [[_said(name), comparison.text(value)] for name, value in self._facts(seen)]
         told.tell("facts", self.facts, [run.id, facts], lambda: self.facts.rows(facts))
 
     def _expected(self, seen: Seen, outcome: Outcome) -> list[list[str]]:
@@ -232,9 +240,9 @@ class _Page:
         told.tell("differences", self.differences, apart, lambda: self.differences.rows(apart))
         results = [
             [
-                pair.name.replace("_", " "),
-                Cell(comparison.text(pair.a)),
-                comparison.text(pair.b),
+                _said(pair.name),
+                _short(comparison.text(pair.a)),
+                _short(comparison.text(pair.b)),
                 _difference(pair.a, pair.b),
             ]
             for pair in found.results
@@ -287,6 +295,17 @@ def _matches(seen: Seen, kind: str, state: str, text: str | None) -> bool:
 
 def _reasons(kind: str) -> dict[str, str]:
     return {name: field.description or "" for name, field in KINDS[kind].model_fields.items()} if kind in KINDS else {}
+
+
+def _said(name: str) -> str:
+    """A figure's name in words. What stands before a colon is the name of a file's type or of a model, and stays."""
+    whose, colon, what = name.rpartition(": ")
+    return whose + colon + what.replace("_", " ")
+
+
+def _short(text: str) -> Cell:
+    """Beside each other, two checksums need no more of them than tells them apart."""
+    return Cell(f"{text[:12]}…", whole=text) if len(text) == 64 and " " not in text else Cell(text)
 
 
 def _difference(a: Any, b: Any) -> Cell:

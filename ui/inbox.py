@@ -44,10 +44,10 @@ class Inbox:
                 self.drop = gr.File(
                     file_count="multiple",
                     label=f"Drop .jsonl files here, up to {UPLOAD_MB} MB at once",
-                    height=120,
+                    height=132,
                     elem_classes="kd-drop",
                 )
-                with gr.Row():
+                with gr.Row(elem_classes="kd-fetch"):
                     self.path = gr.Textbox(
                         label="Or fetch from Hugging Face",
                         placeholder="owner/name, buckets/owner/name/folder, hf://datasets/…",

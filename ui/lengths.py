@@ -49,7 +49,8 @@ def figure(summary: Summary, kind: str) -> dict[str, Any] | None:
     ]  # fmt: skip
     if far:
         notes.append(
-            {"x": 1, "xref": "paper", "xanchor": "right", "yref": "paper", "y": 1 - 0.09 * len(lines), "yanchor": "top",
+            # Above the bars: inside, it would lie on those at the right.
+            {"x": 1, "xref": "paper", "xanchor": "right", "yref": "paper", "y": 1, "yanchor": "bottom",
              "showarrow": False, "text": f"max length {limit:,} →", "font": {"color": _LIMIT}}
         )  # fmt: skip
     if histogram["beyond"]:
@@ -64,7 +65,8 @@ def figure(summary: Summary, kind: str) -> dict[str, Any] | None:
              "marker": {"color": _BARS}}
         ],
         "layout": {
-            "showlegend": False, "hovermode": "closest", "bargap": 0, "shapes": shapes, "annotations": notes,
+            "showlegend": False, "hovermode": "closest", "bargap": 0, "shapes": shapes,
+            "margin": {"l": 52, "r": 12, "t": 26, "b": 36}, "annotations": notes,
             "xaxis": {"title": {"text": "tokens"}, "range": [0, edge], "rangemode": "nonnegative"},
             "yaxis": {"title": {"text": "examples"}, "rangemode": "tozero"},
             "uirevision": f"{summary.id}-{kind}",

@@ -12,12 +12,14 @@ from ui.panel import Live, Panel
 
 TABS: tuple[ModuleType, ...] = (dataset, recipe, train, export, chat, probes, verdicts, publish, history)
 
-_TOP = '<b>Katherine</b><nav><a href="/review/">Reviewer\'s page</a><a href="/logout">Log out</a></nav>'
+_TOP = (
+    '<header><b>Katherine</b><nav><a href="/review/">Reviewer\'s page</a><a href="/logout">Log out</a></nav></header>'
+)
 
 
 def build(panel: Panel) -> gr.Blocks:
     with gr.Blocks(title="Katherine", analytics_enabled=False) as page:
-        gr.HTML(_TOP, elem_classes="k-top")
+        gr.HTML(_TOP, elem_classes="k-top", apply_default_css=False)
         _keep(strip.build(panel))
         with gr.Tabs(elem_id="tabs"):
             for module in TABS:

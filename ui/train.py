@@ -30,6 +30,7 @@ TITLE = "Train"
 WHO = "operator"
 # The picker's choice that follows the work: the run under way, then the next.
 FOLLOW = ""
+FOLLOWED = "The run under way, else the next, else the newest"
 STATES = {
     State.queued: "Queued",
     State.running: "Running",
@@ -102,11 +103,9 @@ class _Page:
             elem_classes="k-queue",
         )
         with gr.Row(elem_classes="k-low"):
-            self.picker = Choice(
-                [("The run under way", FOLLOW)], value=FOLLOW, label="Run shown", min_width=260, scale=3
-            )
+            self.picker = Choice([(FOLLOWED, FOLLOW)], value=FOLLOW, label="Run shown", min_width=260, scale=3)
             self.stop = gr.Button("Stop and keep", size="sm", interactive=False, min_width=120)
-            self.kill = gr.Button("Kill …", size="sm", interactive=False, min_width=90)
+            self.kill = gr.Button("Kill…", size="sm", interactive=False, min_width=90)
             self.resume = gr.Button("Resume", size="sm", interactive=False, min_width=90)
             self.rerun = gr.Button("Rerun with changes", size="sm", interactive=False, min_width=150)
         with gr.Row(visible=False, elem_classes="k-confirm") as self.confirm:
@@ -386,7 +385,7 @@ def _label(seen: Seen) -> str:
 
 
 def _choices(every: Sequence[Seen]) -> list[tuple[str, str]]:
-    return [("The run under way", FOLLOW), *((_label(each), each.id) for each in every)]
+    return [(FOLLOWED, FOLLOW), *((_label(each), each.id) for each in every)]
 
 
 def _comparable(every: Sequence[Seen], run: Seen | None) -> list[tuple[str, str]]:

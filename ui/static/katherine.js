@@ -22,6 +22,7 @@ window.katherine = (() => {
   }
 
   // ---------------------------------------------------------------------------------------------- tables
+  const grouped = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : value); // 1,886, as elsewhere
   const shown = (cell) => (cell !== null && typeof cell === "object" ? cell.t : cell);
   const sortKey = (cell) => (cell !== null && typeof cell === "object" && cell.s !== null ? cell.s : shown(cell));
 
@@ -38,7 +39,7 @@ window.katherine = (() => {
     } else if (rich.c) {
       cell.append(make("span", `k-tone k-${rich.c}`, rich.t));
     } else {
-      cell.textContent = rich.t;
+      cell.textContent = numeric ? grouped(rich.t) : rich.t;
     }
     return cell;
   }
