@@ -1,5 +1,6 @@
-"""The panel while the machine is busy: how long a tab switch and a plot refresh take, and what the web process needs,
-with hundreds of past runs and a run of 50,000 logged steps, while a real training uses every core.
+"""The panel while the machine is busy: how long a tab switch, a plot refresh, the slowest handler and the longest
+request take, and what the web process needs, with hundreds of past runs and a run of 50,000 logged steps, while a real
+training uses every core; and how soon it had started before.
 `python -m bench.panel [--runs N] [--steps N] [--seconds N] [--json]`
 
 Every figure stands beside the same one from before the training began, in the same run. Needs Chromium and the test
@@ -8,6 +9,7 @@ tools (`bash bootstrap.sh test` brings them)."""
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import statistics
@@ -32,6 +34,8 @@ from katherine.template import ChatTemplate
 PASSWORD = "a password of this benchmark"
 # What the panel is held to: milliseconds, bytes and bytes.
 TAB, REFRESH, REFRESH_BYTES, MEMORY = 300, 150, 60_000, 350e6
+# And seconds: of its start on the idle machine, of any handler (ui.edge notes those that take longer), of any request.
+START, HANDLER, REQUEST = 5, 1, 30
 TABS = ("dataset", "recipe", "train", "export", "chat", "probes", "review", "publish", "history")
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
             "--disable-component-update", "--disable-sync"]  # fmt: skip
@@ -63,15 +67,16 @@ def main() -> None:
         _borrow_cache(home)
         past = write_past(home, runs=options.runs, steps=options.steps)
         longest = max((run for run in past if run.record.kind == "sft"), key=lambda run: _size(run))
-        with _panel(home) as (port, process), _growing(longest):
+        with _panel(home) as (port, process, start), _growing(longest):
             before = _watch(port, longest, options.seconds / 2)
             with _training(home) as training:
                 during = _watch(port, longest, options.seconds)
                 state = training.status()
             memory = _high_water(process.pid)
+        slow = re.findall(r"slow: (\S+) took ([\d.]+) s", (home.root / "panel.log").read_text())
     if state.state is not State.running:
         raise SystemExit(f"The training meant to keep the cores busy was {state.state}: {state.reason}")
-    report = _report(before, during, memory, len(past), options.steps, state)
+    report = _report(before, during, memory, start, slow, len(past), options.steps, state)
     print(json.dumps(report, indent=2)) if options.json else _print(report)
 
 
@@ -88,11 +93,13 @@ def _size(run: Run) -> int:
 
 
 @contextmanager
-def _panel(home: Home) -> Iterator[tuple[int, subprocess.Popen]]:
+def _panel(home: Home) -> Iterator[tuple[int, subprocess.Popen, float]]:
+    """Its port, its process, and how many seconds it took until it answered."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     secrets = {"KATHERINE_OPERATOR_PASSWORD": PASSWORD, "KATHERINE_REVIEWER_PASSWORD": PASSWORD[::-1]}
+    began = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "app.py", "serve", "--port", str(port)],
         cwd=PROJECT,
@@ -108,8 +115,8 @@ def _panel(home: Home) -> Iterator[tuple[int, subprocess.Popen]]:
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise SystemExit("The panel did not start.") from None
-                time.sleep(0.2)
-        yield port, process
+                time.sleep(0.1)
+        yield port, process, time.monotonic() - began
     finally:
         process.terminate()
         process.wait(timeout=20)
@@ -161,6 +168,7 @@ def _watch(port: int, run: Run, seconds: float) -> dict[str, Any]:
 
     switches: dict[str, list[float]] = {name: [] for name in TABS}
     refreshes: list[tuple[float, int, int]] = []
+    longest = 0.0
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
         page = browser.new_page(viewport={"width": 1440, "height": 900})
@@ -183,12 +191,15 @@ def _watch(port: int, run: Run, seconds: float) -> dict[str, Any]:
         while time.monotonic() < until:
             page.wait_for_timeout(500)
             while finished:
-                if refresh := _refresh(finished.pop(0)):
+                request = finished.pop(0)
+                if request.method == "POST":  # others are streams, which stay open on purpose, and files
+                    longest = max(longest, request.timing["responseEnd"])
+                if refresh := _refresh(request):
                     refreshes.append(refresh)
         browser.close()
     if len(refreshes) < 5:
         raise SystemExit(f"Only {len(refreshes)} plot refreshes were seen in {seconds:.0f} s.")
-    return {"switches": switches, "refreshes": refreshes}
+    return {"switches": switches, "refreshes": refreshes, "longest": longest}
 
 
 def _refresh(request: Any) -> tuple[float, int, int] | None:
@@ -226,7 +237,14 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _report(
-    before: dict[str, Any], during: dict[str, Any], memory: int, past: int, steps: int, training: runs.Status
+    before: dict[str, Any],
+    during: dict[str, Any],
+    memory: int,
+    start: float,
+    slow: list[tuple[str, str]],
+    past: int,
+    steps: int,
+    training: runs.Status,
 ) -> dict[str, Any]:
     def spread(values: list[float]) -> dict[str, float]:
         return {"median": round(statistics.median(values), 1), "p95": round(_percentile(values, 95), 1)}
@@ -240,6 +258,7 @@ def _report(
             "refresh_bytes": spread(list(whole)),
             "refresh_bytes_sent": spread(list(sent)),
             "refreshes": len(spent),
+            "longest_request_ms": round(seen["longest"], 1),
         }
 
     idle, busy = figures(before), figures(during)
@@ -251,7 +270,12 @@ def _report(
         "idle": idle,
         "busy": busy,
         "web_process_bytes": memory,
+        "start_s": round(start, 2),
+        "handlers_over_a_second": slow,
         "met": {
+            "start": start <= START,
+            "handlers": not slow,
+            "requests": busy["longest_request_ms"] <= REQUEST * 1000,
             "tab": busy["all_tabs_ms"]["p95"] <= TAB,
             "refresh": busy["refresh_ms"]["p95"] <= REFRESH,
             "refresh_bytes": busy["refresh_bytes"]["p95"] <= REFRESH_BYTES,
@@ -276,6 +300,11 @@ def _print(report: dict[str, Any]) -> None:
     line("plot refresh, p95 ms", idle["refresh_ms"]["p95"], busy["refresh_ms"]["p95"], REFRESH, "ms")
     size = idle["refresh_bytes"]["p95"] / 1000, busy["refresh_bytes"]["p95"] / 1000
     line("plot refresh, p95 kB", *size, REFRESH_BYTES / 1000, "kB")
+    line("longest request, ms", idle["longest_request_ms"], busy["longest_request_ms"], REQUEST * 1000, "ms")
+    slow = report["handlers_over_a_second"]
+    named = ", ".join(f"{name} {seconds} s" for name, seconds in sorted(slow, key=lambda each: -float(each[1]))[:3])
+    print(f"handlers over {HANDLER} s: {f'{len(slow)}, slowest {named}' if slow else 'none'}")
+    print(f"start: {report['start_s']:.1f} s (limit {START})")
     print(f"web process, at most: {report['web_process_bytes'] / 1e6:.0f} MB (limit {MEMORY / 1e6:.0f})")
     missed = [name for name, met in report["met"].items() if not met]
     print("every limit met" if not missed else f"missed: {', '.join(missed)}")
