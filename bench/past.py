@@ -235,7 +235,7 @@ def _export(rng: random.Random, run: Run) -> dict[str, Any]:
             "accepted": kl < 0.25, "checks": checks, "perplexity": round(rng.uniform(4, 5), 3), "kl": round(kl, 4),
             "top1": round(1 - kl, 3), "seconds": {"quantise": 50.0, "check": 30.0},
         })  # fmt: skip
-    parts = ["merge", "convert", "measure", "check bf16", *itertools.chain(*(
+    parts = ["merge", "convert", "measure", "total", "check bf16", *itertools.chain(*(
         (f"quantise {quant}", f"check {quant}") for quant in QUANTS))]  # fmt: skip
     unquantised = files[0] | {
         "quant": "bf16", "file": "qwen3.5-9b-bf16.gguf", "kl": None, "top1": None, "kept": False,

@@ -1,7 +1,10 @@
 """Whether an exported GGUF may be offered: each check with its finding, made in a child process on real examples.
 What a failing file means for the export is export's business."""
 
+import functools
 import math
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +16,7 @@ from katherine.examples import Conversation, Message
 from katherine.gguf import UNQUANTISED, types
 from katherine.progress import Progress, Stopped
 from katherine.recipe import ExportRecipe
+from katherine.settings import child_environment
 from katherine.template import ChatTemplate, Rendered
 
 # Greedy decoding can loop on a prompt where sampling would not: seen with 1 of 8 on the small base. So one in ten may
@@ -20,6 +24,9 @@ from katherine.template import ChatTemplate, Rendered
 MAY_RUN_ON = 0.1
 # With fewer examples a tenth is none; from here on one may, since one loop in so few says little.
 ONE_MAY_RUN_ON = 8
+# With all layers on a GPU the processor looks tokens up and no more; threads that wait for each other would suffer from
+# those that quantise meanwhile.
+GPU_THREADS = 2
 # As many failures as a finding names.
 _NAMED = 3
 _WIDE = ("f32", "f16", "bf16")
@@ -88,6 +95,14 @@ def choose(template: ChatTemplate, conversations: Sequence[Conversation], recipe
     return examples
 
 
+@functools.cache
+def on_gpu() -> bool:
+    """Whether checks run on a GPU here: llama.cpp is built for one, and one is there. A child is asked, since it starts
+    the card's driver."""
+    asked = "import llama_cpp, sys; sys.exit(not llama_cpp.llama_supports_gpu_offload())"
+    return subprocess.run([sys.executable, "-c", asked], capture_output=True, env=child_environment()).returncode == 0
+
+
 def examine(
     path: Path,
     quant: str,
@@ -99,17 +114,19 @@ def examine(
     reference: Path,
     tensors: int,
     architecture: str | None = None,
+    on_gpu: bool = False,
 ) -> Examined:
     """Checks one file. The unquantised one writes its log-probabilities to `reference`, an existing file (float32, one
     row a learned position); the others are compared with it.
 
-    `tensors` and `architecture` are what the file must have. Never raises for a bad file: a file that cannot be
-    loaded, or dies on the way, has that as its failing check. Raises Stopped.
+    `tensors` and `architecture` are what the file must have. `on_gpu`: others may have the cores. Never raises for a
+    bad file: a file that cannot be loaded, or dies on the way, has that as its failing check. Raises Stopped.
     """
     found = Examined()
     needed = max(len(e.rendered.ids) for e in examples) + recipe.max_new_tokens
     try:
-        with Engine(path, context=needed, check_tensors=True) as engine:
+        threads = GPU_THREADS if on_gpu else None
+        with Engine(path, context=needed, check_tensors=True, threads=threads) as engine:
             found.meta = engine.meta()
             found.checks.append(Check("loads", True, f"loads in a process of its own, {found.meta['context']} tokens"))
             found.checks += _identity(found, quant, tensors, architecture)

@@ -3,7 +3,6 @@ the kinds of GPU that have a price. The yardstick's figures, corrected by finish
 neither says anything, there is no figure. What is kept of it with a run is prediction's."""
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -409,30 +408,29 @@ def _exporting(machine: Machine, each: ExportRecipe, shape: Shape | None, alike:
         # The adapter is merged into the 16-bit base, on the card where there is one.
         value = shape.parameters * 2 / GIB
         memory = Figure(value, value, value * 1.25, "the 16-bit base, to merge the adapter into")
-    names = ["merge", "convert", "measure", f"check {gguf.UNQUANTISED}"]
-    names += [f"{work} {quant}" for quant in each.quants for work in ("quantise", "check")]
-    learned = [s for s in alike if s.parts]
-    parts: dict[str, Figure] = {}
+    # An export whose parts did not overlap yet says little about one whose do.
+    learned = [s for s in alike if export.TOTAL in s.parts]
     if learned:
-        for name in names:
-            seen = [(spent * _slower(s, machine), s) for s in learned if (spent := _spent(s.parts, name)) is not None]
-            if seen:
-                parts[name] = _seen(seen, machine)
-        missing = tuple(name for name in names if name not in parts)
-        overhead = [(max(s.seconds - sum(s.parts.values()), 0.0), s) for s in learned]
-        return Stage(each.kind, parts | {"start": _seen(overhead, machine)}, missing, memory, len(learned))
+        parts = {
+            name: _seen([(s.parts[name] * _slower(s, machine), s) for s in learned], machine)
+            for name in yardstick.ALONE
+        }
+        after = [(_together(s, each) * _slower(s, machine), s) for s in learned]
+        start = [(max(s.seconds - s.parts[export.TOTAL], 0.0), s) for s in learned]
+        parts |= {yardstick.TOGETHER: _seen(after, machine), "start": _seen(start, machine)}
+        return Stage(each.kind, parts, (), memory, len(learned))
     if shape is None:
         return Stage(each.kind, missing=("all of it",))
     return Stage(each.kind, yardstick.exporting(machine.cores, each, shape), (), memory)
 
 
-def _spent(parts: Mapping[str, float], name: str) -> float | None:
-    """Seconds of a part; a type that was not made is taken to take as long as those that were."""
-    if name in parts:
-        return parts[name]
-    work = name.partition(" ")[0]
-    alike = [spent for other, spent in parts.items() if other.startswith(f"{work} ") and gguf.UNQUANTISED not in other]
-    return statistics.mean(alike) if alike else None
+def _together(sample: Sample, each: ExportRecipe) -> float:
+    """Seconds of what follows the parts that stand alone, moved to the number of files that will be made: every quant
+    and the unquantised one, which is checked too."""
+    made = sample.recipes["export"]
+    assert isinstance(made, ExportRecipe)
+    rest = sample.parts[export.TOTAL] - sum(sample.parts[name] for name in yardstick.ALONE)
+    return max(rest, 0.0) * (1 + len(each.quants)) / (1 + len(made.quants))
 
 
 def _slower(sample: Sample, machine: Machine) -> float:

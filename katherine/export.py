@@ -9,22 +9,27 @@ import re
 import shutil
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from katherine import acceptance, adapters, corpus, gguf, runs
+from katherine import acceptance, adapters, corpus, gguf, runs, scratch
 from katherine.errors import DataError, DiskError, ExportError, NotFound, RecipeError
+from katherine.parts import Parts
 from katherine.progress import Progress, Stopped
 from katherine.recipe import ExportRecipe
 from katherine.settings import home
 from katherine.template import ChatTemplate
 
 MANIFEST = "manifest.json"
+# Beside the parts in the manifest's seconds, several of which pass at once.
+TOTAL = "total"
+# Bytes between two looks at whether to stop, a few milliseconds of hashing.
+_BLOCK = 16 * 2**20
 # Headers, vocabularies and the file system's own rounding; measured they are under 1%.
 MARGIN = 1.03
 # transformers' classes whose multi-token prediction is dropped on saving, so that the converter must not expect it.
@@ -53,82 +58,141 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     if not examples:
         raise DataError(f"{dataset / 'sft.jsonl'} has no conversation that fits a context: nothing to check with.")
 
-    folder, merged, reference = out / "gguf", out / "merged", out / "reference.f32"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(merged, ignore_errors=True)
+    folder, disk = out / "gguf", out / "scratch"
+    # "merged" is what the export of an earlier version left where it was interrupted.
+    for earlier in (folder, disk, out / "merged"):
+        shutil.rmtree(earlier, ignore_errors=True)
     rows = sum(len(e.positions) for e in examples)
     shape = shape_of(checkpoint)
-    check_room(out, shape, recipe.quants, rows)
-    folder.mkdir(parents=True)
-    seconds: dict[str, float] = {}
-    part = functools.partial(_part, seconds, progress)
     name = slug(base.name)
-    unquantised = folder / f"{name}-{gguf.UNQUANTISED}.gguf"
+    parts = Parts(progress)
+    begun = time.monotonic()
     try:
-        with part("merge"):
-            samples = [e.rendered for e in examples]
-            drift = merge.merge(adapter, base, template, samples, merged, progress, max_kl=recipe.max_kl)
-            progress.say(f"Drift from base and adapter: {drift.kl:.5f} nats a token, top-1 {drift.top1:.1%}.")
-        with part("convert"):
-            without_mtp = has_mtp(base.model_class)
-            tensors = gguf.convert(place, merged, unquantised, progress, name=name, without_mtp=without_mtp)
-            shutil.rmtree(merged)
-        with part("measure"):
-            sizes = gguf.sizes(unquantised, recipe.quants, progress)
-            require_room(out, int(sum(sizes.values()) * MARGIN) + rows * shape.vocabulary * 4, "Quantising")
-        reference.touch()
-        judge = functools.partial(
-            acceptance.examine,
-            template=template,
-            examples=examples,
-            recipe=recipe,
-            progress=progress,
-            reference=reference,
-            tensors=tensors,
-        )
-        drifted = acceptance.Check(
-            "drift",
-            drift.passed,
-            f"merged, {drift.kl:.5f} nats a token from base and adapter (at most {drift.tolerance}: {drift.reason})",
-        )
-        with part(f"check {gguf.UNQUANTISED}"):
-            first = judge(unquantised, gguf.UNQUANTISED)
-            if not first.meta:
-                raise ExportError(f"The converted file cannot be loaded: {first.checks[-1].finding}")
-            first.checks.append(drifted)
-        full = _entry(unquantised, gguf.UNQUANTISED, first, {"check": seconds[f"check {gguf.UNQUANTISED}"]})
-        files = [full] if recipe.keep_unquantised else []
-        for quant in recipe.quants:
-            path = folder / f"{name}-{quant}.gguf"
-            with part(f"quantise {quant}"):
-                gguf.quantise(unquantised, path, quant, progress)
-            with part(f"check {quant}"):
-                found = judge(path, quant, architecture=first.meta["architecture"])
-                found.checks.append(drifted)
-            spent = {"quantise": seconds[f"quantise {quant}"], "check": seconds[f"check {quant}"]}
-            files.append(_entry(path, quant, found, spent))
-            _tell(progress, files[-1])
+        with scratch.in_memory(out.parent.name) as memory:
+            # Both are read again at once and then thrown away, which a disk is too slow for: 36 GB at 9B.
+            sixteen, logprobs = int(shape.parameters * 2 * MARGIN), rows * shape.vocabulary * 4
+            merged_in = memory if memory and scratch.is_ample(memory, sixteen) else disk
+            both = not recipe.keep_unquantised and memory and scratch.is_ample(memory, 2 * sixteen + logprobs)
+            work = memory if memory and both else disk
+            require_room(out, fullest(shape, recipe.quants, rows, merged_in is disk, work is disk), "The export")
+            for each in (folder, merged_in, work):
+                each.mkdir(parents=True, exist_ok=True)
+            merged, reference = merged_in / "merged", work / "reference.f32"
+            unquantised = (folder if recipe.keep_unquantised else work) / f"{name}-{gguf.UNQUANTISED}.gguf"
+            with parts.part("merge") as part:
+                samples = [e.rendered for e in examples]
+                drift = merge.merge(adapter, base, template, samples, merged, part, max_kl=recipe.max_kl)
+                part.say(f"Drift from base and adapter: {drift.kl:.5f} nats a token, top-1 {drift.top1:.1%}.")
+            with parts.part("convert") as part:
+                without_mtp = has_mtp(base.model_class)
+                tensors = gguf.convert(place, merged, unquantised, part, name=name, without_mtp=without_mtp)
+                shutil.rmtree(merged)
+            with parts.part("measure") as part:
+                sizes = gguf.sizes(unquantised, recipe.quants, part)
+                left = logprobs if work is disk else 0
+                require_room(out, int(sum(sizes.values()) * MARGIN) + left, "Quantising")
+            reference.touch()
+            judge = functools.partial(
+                acceptance.examine,
+                template=template,
+                examples=examples,
+                recipe=recipe,
+                reference=reference,
+                tensors=tensors,
+            )
+            drifted = acceptance.Check(
+                "drift",
+                drift.passed,
+                f"merged, {drift.kl:.5f} nats a token from base and adapter (at most {drift.tolerance}: "
+                f"{drift.reason})",
+            )
+            full, files = _quantise_and_check(unquantised, folder, name, recipe.quants, drifted, judge, parts)
+    except Stopped:
+        # It starts over, whatever was made.
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     except BaseException:
         # 18 GB at 9B, and perhaps half a file.
-        unquantised.unlink(missing_ok=True)
+        (folder / f"{name}-{gguf.UNQUANTISED}.gguf").unlink(missing_ok=True)
         raise
     finally:
-        shutil.rmtree(merged, ignore_errors=True)
-        reference.unlink(missing_ok=True)
-    if not recipe.keep_unquantised:
-        unquantised.unlink()
+        shutil.rmtree(disk, ignore_errors=True)
     manifest = {
         "base": base.name,
         "adapter_sha256": sha256(adapter / adapters.WEIGHTS),
         "template_sha256": hashlib.sha256(template.baked.encode()).hexdigest(),
         "drift": asdict(drift) | {"kl": drift.kl if math.isfinite(drift.kl) else None, "passed": drift.passed},
         "versions": runs.versions(),
-        "files": files,
+        "files": [full] * recipe.keep_unquantised + files,
         "unquantised": full | {"kept": recipe.keep_unquantised},
-        "seconds": seconds,
+        "seconds": parts.seconds | {TOTAL: round(time.monotonic() - begun, 3)},
     }
     runs.write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _quantise_and_check(
+    unquantised: Path,
+    folder: Path,
+    name: str,
+    quants: Sequence[str],
+    drifted: acceptance.Check,
+    judge: Callable[..., acceptance.Examined],
+    parts: Parts,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The entry of the unquantised file, and those of the quants, in their order.
+
+    The quants are made at once: llama.cpp looks through what it reads, and writes, in one thread, and the cores of one
+    that does are free for another. On a GPU each file is checked as soon as it is there, one at a time; on the
+    processor, whose cores a check needs as much, after all were made. Raises ExportError, once the others are done
+    with, where one of them cannot be made; Stopped.
+    """
+    on_gpu = acceptance.on_gpu()
+
+    def make(quant: str) -> tuple[Path, str]:
+        path = folder / f"{name}-{quant}.gguf"
+        with parts.part(f"quantise {quant}") as part:
+            gguf.quantise(unquantised, path, quant, part)
+        # While others are at work; alone it would be seconds a file.
+        return path, digest(path, part.stop_requested)
+
+    def check(path: Path, quant: str, architecture: str | None = None) -> acceptance.Examined:
+        with parts.part(f"check {quant}") as part:
+            found = judge(path, quant, progress=part, on_gpu=on_gpu, architecture=architecture)
+            if quant == gguf.UNQUANTISED and not found.meta:
+                raise ExportError(f"The converted file cannot be loaded: {found.checks[-1].finding}")
+        found.checks.append(drifted)
+        return found
+
+    entries: dict[str, dict[str, Any]] = {}
+    failed: dict[str, ExportError] = {}
+    # One more than quants, for the unquantised file's sum.
+    with ThreadPoolExecutor(1 + gguf.at_once(len(quants))) as pool:
+        whole = pool.submit(digest, unquantised, parts.stop_requested)
+        made = {pool.submit(make, quant): quant for quant in quants}
+        try:
+            if not on_gpu:
+                wait(made)
+            first = check(unquantised, gguf.UNQUANTISED)
+            for future in as_completed(made):
+                quant = made[future]
+                try:
+                    path, sha = future.result()
+                except ExportError as error:
+                    failed[quant] = error
+                    continue
+                found = check(path, quant, first.meta["architecture"])
+                entries[quant] = _entry(path, quant, found, sha, parts.seconds)
+                _tell(parts, entries[quant])
+            full = _entry(unquantised, gguf.UNQUANTISED, first, whole.result(), parts.seconds)
+        except BaseException:
+            parts.give_up()
+            raise
+    if failed:
+        said = "\n".join(f"{quant}: {error}" for quant, error in failed.items())
+        others = f" The others were: {', '.join(entries)}." if entries else ""
+        raise ExportError(f"{len(failed)} of {len(quants)} files could not be made.{others}\n{said}")
+    return full, [entries[quant] for quant in quants]
 
 
 def offered(manifest: Path) -> list[dict[str, Any]]:
@@ -154,22 +218,15 @@ def offered(manifest: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------- parts
 
 
-@contextmanager
-def _part(seconds: dict[str, float], progress: Progress, name: str) -> Iterator[None]:
-    if progress.stop_requested():
-        raise Stopped
-    progress.phase(name)
-    began = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - began, 3)
-
-
-def _entry(path: Path, quant: str, found: acceptance.Examined, seconds: dict[str, float]) -> dict[str, Any]:
+def _entry(
+    path: Path, quant: str, found: acceptance.Examined, sha: str, seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    works = {work: seconds.get(f"{work} {quant}") for work in ("quantise", "check")}
     return {
         "quant": quant,
         "file": path.name,
         "bytes": path.stat().st_size,
-        "sha256": sha256(path),
+        "sha256": sha,
         "bits_per_weight": found.bits_per_weight,
         "architecture": found.meta.get("architecture"),
         "tensors": found.meta.get("tensors"),
@@ -179,18 +236,16 @@ def _entry(path: Path, quant: str, found: acceptance.Examined, seconds: dict[str
         "perplexity": found.perplexity,
         "kl": found.kl,
         "top1": found.top1,
-        "seconds": seconds,
+        "seconds": {work: spent for work, spent in works.items() if spent is not None},
     }
 
 
-def _tell(progress: Progress, entry: dict[str, Any]) -> None:
+def _tell(parts: Parts, entry: dict[str, Any]) -> None:
     if entry["accepted"]:
-        progress.say(
-            f"{entry['file']} is accepted: {entry['bits_per_weight']:.2f} bits a weight, KL {entry['kl']:.4f}."
-        )
+        parts.say(f"{entry['file']} is accepted: {entry['bits_per_weight']:.2f} bits a weight, KL {entry['kl']:.4f}.")
     for check in entry["checks"]:
         if not check["passed"]:
-            progress.say(f"{entry['file']} is not accepted. {check['name']}: {check['finding']}.")
+            parts.say(f"{entry['file']} is not accepted. {check['name']}: {check['finding']}.")
 
 
 def has_mtp(model_class: str) -> bool:
@@ -235,16 +290,21 @@ def _header(path: Path) -> dict[str, Any]:
         return json.loads(file.read(length))
 
 
-def fullest(shape: Shape, quants: Sequence[str], rows: int) -> int:
+def fullest(
+    shape: Shape, quants: Sequence[str], rows: int, merged_on_disk: bool = True, work_on_disk: bool = True
+) -> int:
     """Bytes of disk at the export's fullest: either while converting (merged checkpoint and 16-bit GGUF), or while
-    checking (16-bit GGUF, all quants, and `rows` of the reference's log-probabilities)."""
+    checking (16-bit GGUF, all quants, and `rows` of the reference's log-probabilities). What is kept in memory for want
+    of nothing there needs no disk: the merged checkpoint, and the work files (16-bit GGUF and reference)."""
     sixteen = shape.parameters * 2
     small = sum(gguf.nominal_bytes(shape.parameters, name, shape.width) for name in quants)
-    return int(max(2 * sixteen, sixteen + small + rows * shape.vocabulary * 4) * MARGIN)
+    converting = sixteen * (merged_on_disk + work_on_disk)
+    checking = small + (sixteen + rows * shape.vocabulary * 4) * work_on_disk
+    return int(max(converting, checking) * MARGIN)
 
 
 def check_room(out: Path, shape: Shape, quants: Sequence[str], rows: int) -> None:
-    """Raises DiskError where the export cannot fit at its fullest."""
+    """Raises DiskError where the export cannot fit at its fullest, with nothing of it in memory."""
     require_room(out, fullest(shape, quants, rows), "The export")
 
 
@@ -267,6 +327,17 @@ def require_room(out: Path, needed: int, what: str) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(path: Path, stop_requested: Callable[[], bool]) -> str:
+    """A file's sha256, in a thread that can be stopped: 18 GB take half a minute. Raises Stopped."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+            if stop_requested():
+                raise Stopped
+    return found.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)

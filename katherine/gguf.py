@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from select import POLLIN, poll
 
+from katherine import memory
 from katherine.engines import cores
 from katherine.errors import ExportError, SetupError
 from katherine.progress import Progress, Stopped
@@ -23,6 +24,11 @@ _LOOK = 500
 # As much of a failed child's output as an error can show.
 _LAST_LINES = 8
 UNQUANTISED = "bf16"
+# Bytes in which the quantiser holds a piece of a tensor, in 32 bits and quantised. Its own limit is 8 GiB, and three at
+# once would take 5 each for a 9B's embeddings. Rows are quantised one by one, so the file is the same.
+BUFFER = 256 * 2**20
+# A quantiser's whole process, without the mapped file: measured 0.5 GB.
+_QUANTISER = 2**30
 # llama.cpp refuses to make these without importance data (tensor_requires_imatrix in llama-quant.cpp).
 _NEED_IMPORTANCE = frozenset({"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "q2_k_s"})
 
@@ -124,6 +130,11 @@ def sizes(source: Path, names: tuple[str, ...], progress: Progress) -> dict[str,
     return found
 
 
+def at_once(count: int) -> int:
+    """How many of `count` types to quantise to at the same time: as many as there is memory for."""
+    return max(1, min(count, memory.host() // _QUANTISER))
+
+
 def quantise(source: Path, out: Path, name: str, progress: Progress) -> None:
     """Writes `out`, the source GGUF in the named type. Raises ExportError or Stopped; `out` is then absent."""
     try:
@@ -199,6 +210,7 @@ def main() -> None:
     parameters.ftype = int(kind)
     parameters.nthread = int(threads)
     parameters.dry_run = not out
+    parameters.max_buf_size = BUFFER
     sys.exit(llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(parameters)))
 
 

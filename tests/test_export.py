@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import msgspec
 import pytest
 from persona import CONVERSATIONS, THINKING, Persona, conversation, persona, persona_gguf, write_adapter
 
-from katherine import acceptance, adapters, export, gguf, gguf_child, merge, model
+from katherine import acceptance, adapters, export, gguf, gguf_child, merge, model, scratch
 from katherine.engines import Engine
 from katherine.errors import DataError, DiskError, ExportError, ModelError, NotFound, RecipeError, SetupError
 from katherine.examples import Message
@@ -48,6 +49,11 @@ class Stopping(Quiet):
     def step(self, step: int, of: int) -> None:
         self.steps.setdefault(self.phases[-1], []).append((step, of))
 
+    def checked(self) -> list[str]:
+        """The quants in the order in which they were checked."""
+        found = [phase.removeprefix("check ") for phase in self.phases if phase.startswith("check ")]
+        return [quant for quant in found if quant != "bf16"]
+
     def stop_requested(self) -> bool:
         return bool(self.stop_in) and self.phases[-1:] == [self.stop_in]
 
@@ -56,7 +62,7 @@ class Stopping(Quiet):
 def exported(katherine_, tmp_path_factory) -> tuple[Path, dict[str, Any], Stopping]:
     """The persona's export, into a folder where an earlier attempt was interrupted."""
     out = tmp_path_factory.mktemp("export") / "out"
-    for left in ("gguf/tiny-base-q2_k.gguf", "merged/model.safetensors"):
+    for left in ("gguf/tiny-base-q2_k.gguf", "merged/model.safetensors", "scratch/merged/model.safetensors"):
         (out / left).parent.mkdir(parents=True)
         (out / left).write_bytes(b"half of it")
     progress = Stopping()
@@ -96,16 +102,86 @@ def test_the_figures_are_those_of_the_files(exported, katherine_):
     assert result["base"] == str(katherine_.base) and result["versions"]["llama-cpp-python"]
 
 
-def test_every_part_tells_its_progress(exported):
+def test_every_part_tells_its_progress_and_its_time(exported):
     _, result, progress = exported
-    parts = ["merge", "convert", "measure", "check bf16"]
-    parts += [f"{part} {quant}" for quant in RECIPE.quants for part in ("quantise", "check")]
-    assert progress.phases == list(result["seconds"]) == parts
-    for part in parts:
-        if part != "measure":
-            step, of = progress.steps[part][-1]
-            assert step == of > 0, part
+    parts = {"merge", "convert", "measure", "check bf16"}
+    parts |= {f"{part} {quant}" for quant in RECIPE.quants for part in ("quantise", "check")}
+    seconds = result["seconds"]
+    assert set(seconds) == parts | {export.TOTAL} and min(seconds.values()) > 0
+    # Without a GPU the quants are made at once, and checked one by one after that.
+    assert progress.phases[:3] == ["merge", "convert", "measure"]
+    assert "quantise q4_k_m, q8_0" in progress.phases
+    assert progress.phases[-3:] == ["check bf16", *[f"check {entry}" for entry in progress.checked()]]
+    assert sorted(progress.checked()) == sorted(RECIPE.quants)
+    alone = sum(seconds[part] for part in parts if not part.startswith("quantise"))
+    made = [seconds[f"quantise {quant}"] for quant in RECIPE.quants]
+    assert alone + max(made) < seconds[export.TOTAL] + 0.1
+    for part in ("merge", "convert", "check bf16", "check q8_0"):
+        step, of = progress.steps[part][-1]
+        assert step == of > 0, part
+    assert max(step for step, _ in progress.steps["quantise q4_k_m, q8_0"]) > 50
     assert any("hf-to-gguf" in line for line in progress.lines)
+    for entry in result["files"]:
+        assert entry["seconds"] == {work: seconds[f"{work} {entry['quant']}"] for work in ("quantise", "check")}
+
+
+def test_on_a_gpu_a_file_is_checked_while_the_next_are_made(katherine_, tmp_path, monkeypatch):
+    monkeypatch.setattr(acceptance, "on_gpu", lambda: True)
+    making, progress = threading.Event(), Quiet()
+    quantise = gguf.quantise
+
+    def slow(source, out, quant, part):
+        # The second is not made before the first, and the unquantised file, were checked.
+        if quant == "q8_0":
+            assert making.wait(60)
+        quantise(source, out, quant, part)
+
+    def say(text: str) -> None:
+        progress.lines.append(text)
+        if "q4_k_m.gguf is accepted" in text:
+            making.set()
+
+    monkeypatch.setattr(gguf, "quantise", slow)
+    monkeypatch.setattr(progress, "say", say)
+    result = export.export(katherine_.adapter, katherine_.dataset, RECIPE, tmp_path / "out", progress)
+    assert [entry["accepted"] for entry in result["files"]] == [True, True]
+    assert "quantise q8_0; check bf16" in progress.phases or "quantise q4_k_m, q8_0; check bf16" in progress.phases
+    assert "quantise q8_0; check q4_k_m" in progress.phases
+
+
+def test_a_quant_that_cannot_be_made_leaves_no_half_and_the_others_are_checked(katherine_, tmp_path, monkeypatch):
+    quantise, progress = gguf.quantise, Quiet()
+
+    def failing(source, out, quant, part):
+        if quant == "q4_k_m":
+            # llama.cpp's own refusal, on the way to the very file.
+            source = tmp_path / "text.gguf"
+            source.write_bytes(b"hello")
+        quantise(source, out, quant, part)
+
+    monkeypatch.setattr(gguf, "quantise", failing)
+    with pytest.raises(ExportError, match=r"(?s)1 of 2 files could not be made. The others were: q8_0.*q4_k_m: Quant"):
+        export.export(katherine_.adapter, katherine_.dataset, RECIPE, tmp_path / "out", progress)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == ["tiny-base-q8_0.gguf"]
+    assert any("q8_0.gguf is accepted" in line for line in progress.lines)
+
+
+def test_stopping_ends_all_quantisers_and_leaves_no_halves(katherine_, tmp_path, monkeypatch):
+    children: list[subprocess.Popen] = []
+    start = subprocess.Popen
+
+    def remembered(command, *arguments, **named):
+        children.append(start(command, *arguments, **named))
+        return children[-1]
+
+    monkeypatch.setattr(gguf.subprocess, "Popen", remembered)
+    with pytest.raises(Stopped):
+        export.export(
+            katherine_.adapter, katherine_.dataset, RECIPE, tmp_path / "out", Stopping("quantise q4_k_m, q8_0")
+        )
+    assert children and all(child.poll() is not None for child in children)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not list(scratch.SHARED_MEMORY.glob(f"*{tmp_path.name}*"))
 
 
 def test_the_export_answers_as_the_persona_with_the_baked_template(exported, katherine_):
