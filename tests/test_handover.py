@@ -164,7 +164,7 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
         good, bad = ("Right", "Not right") if number == 3 else ("Good", "Not good")
         other.button(f"Answer A: {good}").click()
         other.button(f"Answer B: {bad}").click()
-        phone.get_by_label("Answer A is better").check(force=True)
+        phone.get_by_label("Answer A is best").check(force=True)
         until(partial(judged, home, export.id, number), 15, "the verdict was not kept")
         other.button("Next" if number < 3 else "Finish").click()
     phone.get_by_role("heading", name="Your recommendation").wait_for()

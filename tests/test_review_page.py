@@ -551,7 +551,7 @@ def test_a_person_with_a_telephone_reviews_a_set(reviewed, phone, export):
     page.get_by_role("button", name="Answer B: Not good").tap()
     page.get_by_role("button", name="Add a note").first.tap()
     page.get_by_label("Note on answer A").fill("like her")
-    page.get_by_label("Answer A is better").locator("..").tap()
+    page.get_by_label("Answer A is best").locator("..").tap()
     until(lambda: saved(reviewed, export) == [("three/who", 0)])
     page.get_by_role("button", name="Next").tap()
     me.heading("Question 2 of 3")
@@ -562,7 +562,7 @@ def test_a_person_with_a_telephone_reviews_a_set(reviewed, phone, export):
     page.get_by_role("button", name="Next").tap()
     me.heading("Question 3 of 3")
     me.there()
-    page.get_by_text("Was this right?").wait_for()
+    page.get_by_text("Which answers are right?").wait_for()
     page.get_by_role("button", name="Answer C: Right", exact=True).tap()
     page.get_by_role("button", name="Finish").tap()
     me.heading("Your recommendation")
@@ -579,6 +579,99 @@ def test_a_person_with_a_telephone_reviews_a_set(reviewed, phone, export):
     page.go_back()
     me.heading("Question 3 of 3")
     assert me.complaints == []
+
+
+@pytest.mark.browser
+def test_an_answer_that_does_not_come_is_said_and_one_tap_brings_it(reviewed, phone, export):
+    path = export.out / "gguf" / "persona-q5_k_m.gguf"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    me = phone()
+    page = me.page
+    me.begin()
+    page.get_by_role("button", name="three").tap()
+    page.get_by_text(re.compile("From [ABC] nothing came")).wait_for(timeout=60_000)
+    assert "Which is better?" in page.locator(".r-page").inner_text(), "two are left to choose from"
+    card = page.locator(".r-card", has_text="No answer came from this one.")
+    path.write_bytes(whole)
+    card.get_by_role("button", name="Try this one again").tap()
+    me.there()
+    page.get_by_text("Which is best?").wait_for()
+    assert me.complaints == []
+
+
+@pytest.mark.browser
+def test_whoever_reads_far_below_sees_that_a_training_waits_and_can_keep_the_machine(reviewed, phone, export):
+    me = phone(viewport={"width": 390, "height": 500})
+    page = me.page
+    me.begin()
+    page.get_by_role("button", name="three").tap()
+    me.heading("Question 1 of 3")
+    me.there()
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    run = queue.submit(reviewed, "steps", recipe={"of": 3}, who="test")
+    page.get_by_text("A training waits for the machine").wait_for(timeout=30_000)
+    page.evaluate("scrollTo(0, document.body.scrollHeight)")
+    assert page.evaluate("scrollY") > 200
+    keep = page.get_by_role("button", name="I am still talking")
+    box = keep.bounding_box()
+    assert box is not None and 0 <= box["y"] < 500, "it stands where the reader is, not where the page begins"
+    keep.tap()
+    page.get_by_text(re.compile("begins in about [45] minutes")).wait_for(timeout=20_000)
+    page.get_by_role("button", name="Go ahead").tap()
+    assert queue.wait(reviewed, run.id, timeout=60).state is State.succeeded
+
+
+@pytest.mark.browser
+def test_who_waits_for_a_busy_machine_is_told_so_before_the_empty_answers(reviewed, phone, export):
+    run = queue.submit(reviewed, "steps", recipe={"of": 100_000, "seconds": 0.02}, who="test")
+    until(lambda: run.status().state is State.running)
+    me = phone()
+    page = me.page
+    me.begin()
+    page.get_by_role("button", name="three").tap()
+    me.heading("Question 1 of 3")
+    said = page.get_by_text("The machine is busy with other work just now.")
+    said.wait_for(timeout=20_000)
+    above, card = said.bounding_box(), page.locator(".r-card").first.bounding_box()
+    assert above is not None and card is not None and above["y"] + above["height"] <= card["y"] < 844
+    queue.stop(reviewed, run.id, kill=True)
+    me.there()
+
+
+@pytest.mark.browser
+def test_a_person_with_a_screen_reader_finds_everything_by_name(reviewed, phone, export):
+    """What Chromium tells assistive technology: nothing that can be used is without a name, no level is left out."""
+    me = phone()
+    page = me.page
+
+    def checked() -> dict[str, list[str]]:
+        tree = me.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+        found: dict[str, list[str]] = {}
+        for node in tree:
+            if not node.get("ignored"):
+                found.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+        for role in ("button", "link", "radio", "textbox", "combobox", "article", "heading", "group", "radiogroup"):
+            assert all(found.get(role, ["named"])), (role, found[role])
+        assert page.locator(".r-page h1:visible").count() == 1
+        return found
+
+    page.get_by_role("heading", name="Which answers sound right?").wait_for()
+    checked()
+    me.begin()
+    checked()
+    page.get_by_role("button", name="three").tap()
+    me.heading("Question 1 of 3")
+    me.there()
+    found = checked()
+    assert found["article"] == ["Answer A", "Answer B", "Answer C"]
+    assert {"Answer A: Good", "Answer C: Not good", "Add a note"} <= set(found["button"])
+    assert {"Answer B is best", "They are about the same", "None of them is good"} <= set(found["radio"])
+    assert "Which is best?" in found["group"] and "All answers are there: A, B and C." in str(found)
+    page.get_by_role("button", name="My recommendation").tap()
+    me.heading("Your recommendation")
+    assert {"Would you let this go out?", "Do you have a favourite?"} <= set(checked()["group"])
+    assert page.evaluate("document.documentElement.lang") == "en"
 
 
 @pytest.mark.browser
@@ -610,9 +703,9 @@ def test_a_person_with_a_keyboard_alone_reviews_a_question(reviewed, phone, expo
     tab_to("Answer B: Good")
     keys.press("Space")
     until(lambda: page.get_by_role("button", name="Answer B: Good").get_attribute("aria-pressed") == "true")
-    tab_to("Answer A is better")
+    tab_to("Answer A is best")
     keys.press("ArrowRight")
-    until(lambda: page.get_by_label("Answer B is better").is_checked())
+    until(lambda: page.get_by_label("Answer B is best").is_checked())
     until(lambda: blind_letter(reviewed, export) == "B")
     tab_to("Next")
     keys.press("Enter")

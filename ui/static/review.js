@@ -283,9 +283,12 @@ window.katherineReview = (() => {
       heading(`Hello, ${state.name}`),
       make("p", { text: "What would you like to do? Everything you tap is saved at once, so you can stop whenever you like." }),
       make("ul", { class: "r-choices" }, ...cards, free, last),
-      button("Start page (another name or version)", () => leave(), { class: "r-link" }),
+      make("div", { class: "r-row" }, button("Start page (another name or version)", () => leave(), { class: "r-link" }), logOut()),
     ];
   }
+
+  // A page of its own, which asks once more: for a telephone that somebody else uses as well.
+  const logOut = () => make("a", { href: "/logout", class: "r-link", text: "Log out" });
 
   function leave() {
     kept.session = "";
@@ -448,7 +451,8 @@ window.katherineReview = (() => {
 
   // Which is better, of the last question.
   function better() {
-    const field = make("fieldset", { class: "r-better" }, make("legend", { text: "Which is better?" }));
+    const title = make("legend", {});
+    const field = make("fieldset", { class: "r-better" }, title);
     const chips = make("div", { class: "r-chips" });
     field.append(chips);
     let letters = "";
@@ -476,8 +480,10 @@ window.katherineReview = (() => {
         if (!there) return;
         if (came.join("") !== letters) {
           letters = came.join("");
+          const most = came.length > 2 ? "best" : "better";
+          say(title, `Which is ${most}?`);
           chips.replaceChildren(
-            ...came.map((letter) => chip(letter, letter, `Answer ${letter} is better`)),
+            ...came.map((letter) => chip(letter, letter, `Answer ${letter} is ${most}`)),
             chip("same", "About the same", "They are about the same"),
             chip("none", "None is good", "None of them is good"),
           );
@@ -488,7 +494,12 @@ window.katherineReview = (() => {
     };
   }
 
-  // What stands between the question and its answers: where they are, and what can be done where they do not come.
+  const partly = (came, silent) =>
+    `${came.length > 1 ? "Answers" : "Answer"} ${listed(came)} ${came.length > 1 ? "are" : "is"} there. From ${listed(silent)} nothing came: ` +
+    "you can try again there, or go by the others.";
+
+  // Where the answers are, and what can be done where they do not come. `busy` goes above the answers, since whoever waits
+  // looks at the top of the page; the rest below them, where nothing moves away from under a thumb.
   function progress() {
     const line = make("p", { class: "r-status", role: "status", "aria-live": "polite" });
     const busy = make("p", { class: "r-busy" });
@@ -497,15 +508,17 @@ window.katherineReview = (() => {
     const stop = button("That is enough", () => act("stop"), { class: "r-link" });
     const rows = make("div", { class: "r-row" }, again, old, stop);
     return {
-      whole: make("div", { class: "r-progress" }, line, busy, rows),
+      busy,
+      whole: make("div", { class: "r-progress" }, line, rows),
       patch: (scene) => {
         const last = scene.turns.at(-1);
         const came = last ? last.faces.filter((face) => face.text).map((face) => face.letter) : [];
+        const silent = last ? last.faces.filter((face) => !face.text).map((face) => face.letter) : [];
         const begun = scene.state === "coming" && came.length > 0;
         const words = {
           new: "",
           coming: begun ? "The answers are coming …" : "The answers are on their way. They all begin at the same time.",
-          there: came.length > 1 ? `All answers are there: ${listed(came)}.` : "The answer is there.",
+          there: silent.length ? partly(came, silent) : came.length > 1 ? `All answers are there: ${listed(came)}.` : "The answer is there.",
           broken: "The answers did not all come: this page was closed, or something went wrong.",
         }[scene.state];
         say(line, scene.busy && scene.state === "coming" ? "" : words);
@@ -554,8 +567,9 @@ window.katherineReview = (() => {
       });
       show(earlier, scene.turns.length > 1);
       const there = scene.state === "there";
-      say(person, there && scene.for_person ? "Was this right? Nobody can tell but you." : several && !there
-        ? `A short talk of ${scene.turns_of} questions: you judge the last answers.` : "");
+      // From the start and to the end, so that nothing moves when the answers come.
+      say(person, [several ? `A short talk of ${scene.turns_of} questions: you judge the last answers.` : "",
+        scene.for_person ? "Which answers are right? Nobody can tell but you." : ""].filter(Boolean).join(" "));
       show(person, person.textContent !== "");
       status.patch(scene);
       const last = scene.turns.at(-1);
@@ -568,7 +582,7 @@ window.katherineReview = (() => {
     return [
       top(),
       make("div", { class: "r-head" }, heading(`Question ${at + 1} of ${of}`), bar),
-      earlier, asks, current, status.whole, person,
+      status.busy, person, earlier, asks, current, status.whole,
       make("div", { class: "r-foot" }, choice.whole, make("div", { class: "r-row r-moves" }, back, onward)),
     ];
   }
@@ -630,7 +644,7 @@ window.katherineReview = (() => {
     return [
       top(),
       make("div", { class: "r-head" }, heading(at ? `Talk freely: topic ${at + 1}` : "Talk freely")),
-      nothing, said, status.whole, choice.whole,
+      nothing, said, status.busy, status.whole, choice.whole,
       make("div", { class: "r-row" }, before, another),
       make("div", { class: "r-foot" }, form),
     ];
