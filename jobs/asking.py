@@ -447,4 +447,5 @@ def _plain(home: Home, error: KatherineError) -> str:
     """The error for whoever chats: its first line, which llama.cpp's own follow, and without the file's name, since a
     reviewer must not know which one it is. All of it is in the log."""
     first = str(error).partition("\n")[0]
-    return re.sub(rf"{re.escape(str(home.root))}/\S*\.gguf", "this model", first)
+    said = re.sub(rf"{re.escape(str(home.root))}/\S*\.gguf", "this model", first)
+    return said[:1].upper() + said[1:]

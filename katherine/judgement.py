@@ -121,7 +121,7 @@ class Agreement:
             said = f"{self.people} people judged one and the same question. "
         else:
             said = f"{self.questions} questions were judged by two or more of {self.people} people. "
-        said += f"Two of them said the same {_times(self.agreed)} of {self.comparisons} "
+        said += f"Compared two by two, they said the same in {self.agreed} of {self.comparisons} "
         said += f"({self.agreed / self.comparisons:.0%}). "
         if self.same_answers < self.questions:
             said += f"They read the very same answers in {self.same_answers} of {self.questions}. "

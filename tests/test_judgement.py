@@ -110,7 +110,7 @@ def test_agreement_counts_people_on_the_same_question_of_the_same_set(panel):
     assert (found.questions, found.people, found.comparisons, found.agreed) == (10, 3, 12, 7)
     assert found.same_answers == 9
     assert found.alpha is not None and found.alpha < judgement.TENTATIVE
-    assert "Two of them said the same 7 times of 12 (58%)" in found.words()
+    assert "Compared two by two, they said the same in 7 of 12 (58%)" in found.words()
     assert "do not rest on one person's verdict" in found.words()
 
 

@@ -76,7 +76,7 @@ def test_what_people_said_is_shown_with_the_labels_taken_off(judged):
     assert people[1][:4] == ["Ben", "2", "katherine: 1, their own: 1", "not yet said"]
     html = visitor.html()
     assert "<b>q5_k_m</b>" in html and "2 of 2" in html and "1 time none was good" in html
-    assert "Two of them said the same once of 1" in html and "shown first was preferred" in html
+    assert "they said the same in 1 of 1 (100%)" in html and "shown first was preferred" in html
     assert [row[2] for row in visitor.rows(visitor.find(column="When"))] == ["Take this one.", "A robot."]
 
 
