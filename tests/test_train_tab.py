@@ -163,7 +163,7 @@ def test_what_is_about_to_be_started_is_said_with_what_differs(home, visitor):
     assert "Changed" not in visitor.value("draft")
     drafts.set_recipe(home, "sft", drafts.load(home).values["sft"] | {"lora_r": 32})
     visitor.refresh()
-    assert "SFT lora_r 32 instead of 64" in visitor.value("draft")
+    assert "SFT: LoRA rank 32 instead of 64" in visitor.value("draft")
 
 
 def test_start_sft_makes_one_run_and_shows_it(home, visitor):

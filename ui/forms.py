@@ -142,6 +142,14 @@ def shown(model: type[Recipe], name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple | list) else value
 
 
+def as_text(model: type[Recipe], name: str, value: Any) -> str:
+    """A recipe's value in a sentence or a table."""
+    given = shown(model, name, value)
+    if isinstance(given, list):
+        return ", ".join(map(str, given))
+    return {True: "on", False: "off"}[given] if isinstance(given, bool) else str(given)
+
+
 def written(value: float) -> str:
     """A number as people write it: 1e-4, 5e-6, 0.05. Read back, it is the same number to the last bit."""
     number = Decimal(repr(float(value))).normalize()

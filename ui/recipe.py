@@ -13,8 +13,7 @@ from katherine.errors import KatherineError, RecipeError, SetupError
 from katherine.estimate import Estimate, Plan
 from katherine.recipe import KINDS, SftRecipe
 from ui.edge import message, shown
-from ui.forms import Form, usual_source
-from ui.forms import shown as as_shown
+from ui.forms import Form, as_text, usual_source
 from ui.panel import Live, Panel
 from ui.runs import named
 from ui.table import Cell, Table
@@ -301,8 +300,8 @@ class _Page:
             model = KINDS[each.kind]
             yield [
                 f"{named(each.kind)}: {each.about.label}",
-                _text(as_shown(model, each.about.name, each.yours)),
-                _text(as_shown(model, each.about.name, each.theirs)),
+                as_text(model, each.about.name, each.yours),
+                as_text(model, each.about.name, each.theirs),
                 each.about.reason,
             ]
 
@@ -448,12 +447,6 @@ def _problems(said: list[str]) -> Markup:
 
 def _reached(said: list[str]) -> Markup:
     return Markup("<p>{}</p>").format(" ".join(said)) if said else Markup("")
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
 def _gpu_name() -> str:

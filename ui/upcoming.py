@@ -11,8 +11,10 @@ from jobs import pipeline
 from katherine import drafts, estimate
 from katherine.drafts import Draft
 from katherine.errors import KatherineError
+from katherine.recipe import KINDS
 from katherine.settings import Home
-from katherine.units import dollars, duration
+from katherine.units import dollars
+from ui.forms import as_text
 from ui.runs import named
 
 
@@ -79,7 +81,7 @@ def _estimated(home: Home, draft: Draft) -> str:
         return ", ".join(steps)
     part = bool(here.missing)
     said = [
-        estimate.words(here.seconds, duration, at_least=part),
+        estimate.words(here.seconds, estimate.roughly, at_least=part),
         estimate.words(here.memory, estimate.gib),
         estimate.words(here.dollars, dollars, at_least=part),
     ]
@@ -87,15 +89,13 @@ def _estimated(home: Home, draft: Draft) -> str:
 
 
 def _changes(home: Home, draft: Draft) -> list[str]:
-    """ "SFT learning_rate 5e-05 instead of 0.0001"."""
+    """ "SFT: Learning rate 5e-5 instead of 1e-4"."""
     try:
         found = drafts.differences(home, draft)
     except KatherineError:
         return []  # the preset is gone; the values are still what is started
-    return [
-        f"{named(each.kind)} {each.about.name} {_value(each.yours)} instead of {_value(each.theirs)}" for each in found
-    ]
-
-
-def _value(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    said = []
+    for each in found:
+        yours, theirs = (as_text(KINDS[each.kind], each.about.name, value) for value in (each.yours, each.theirs))
+        said.append(f"{named(each.kind)}: {each.about.label} {yours} instead of {theirs}")
+    return said

@@ -22,7 +22,8 @@ window.katherine = (() => {
   }
 
   // ---------------------------------------------------------------------------------------------- tables
-  const grouped = (value) => (Number.isInteger(value) ? value.toLocaleString("en") : value); // 1,886, as elsewhere
+  const thousands = new Intl.NumberFormat("en"); // 1,886, as elsewhere
+  const grouped = (value) => (Number.isInteger(value) ? thousands.format(value) : value);
   const shown = (cell) => (cell !== null && typeof cell === "object" ? cell.t : cell);
   const sortKey = (cell) => (cell !== null && typeof cell === "object" && cell.s !== null ? cell.s : shown(cell));
 
