@@ -40,8 +40,8 @@ TOGETHER = "quantise and check"
 # 37 s with a 4-bit base, which was then loaded twice, and 20 at the least for one whose first loading is the only one;
 # about two minutes from a cold disk.
 _MERGE = (27.0, 20.0, 120.0)
-# To a 17.9 GB GGUF: 83 and 95 s by the converter as it is. Made quicker, it writes 1.3 GB in 0.5 of the time to the same
-# disk and in 0.25 to memory (two busy cores), after some 10 s of starting and the vocabulary, which stay.
+# To a 17.9 GB GGUF: 83 and 95 s by the converter as it is. Made quicker, it writes 1.3 GB in half the time to the same
+# disk and in a quarter to memory (two busy cores), after some 10 s of starting and the vocabulary, which stay.
 _CONVERT = (33.0, 15.0, 95.0)
 _MEASURE = (6.0, 3.0, 10.0)  # three types, a dry run each
 # Alone on 16 cores; each within 3 s, twice.
