@@ -170,7 +170,7 @@ def test_an_engine_killed_while_it_answers_is_an_error_in_its_column_alone(home,
     os.kill(pid_of(pool, chosen[0].id), signal.SIGKILL)
     until(lambda: answers(asking, talk)[0].state == "failed")
     killed, other = answers(asking, talk)
-    assert "This model was ended by SIGKILL" in killed.note and "gguf" not in killed.note
+    assert "this model was ended by SIGKILL" in killed.note and "gguf" not in killed.note
     assert killed.text.startswith("la")
     # The other goes on, and the first comes back beside it by one call.
     assert other.state in ("answering", "done")
