@@ -1,8 +1,8 @@
 """Chat as a page has it, beside llama-cpp-python alone: tokens a second of one column, and the time to the first word
 of three. `python -m bench.chat [GGUF] [--base NAME] [--rounds N] [--json]`
 
-Both answer the same prompt's ids greedily, with as many threads, in turn, in the same run; ours through asking, pool
-and an engine's pipes, while a page's polling reads it four times a second."""
+Both answer the same prompt's ids greedily, with as many threads, in turn, in the same run; ours in a panel that is
+served as always, asked over HTTP by what its chat tab sends, and looked at as often as the tab looks."""
 
 import argparse
 import json
@@ -11,17 +11,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
+import httpx
 
-from jobs.asking import Asking
-from jobs.pool import Pool
+from bench.served import PASSWORD, panel
 from katherine import bases, columns, runs, settings, talks
 from katherine.columns import Column
 from katherine.engines import CONTEXT, FEW_CORES, SPINS, cores
@@ -30,7 +28,6 @@ from katherine.export import MANIFEST, sha256
 from katherine.rendering import Renderer
 from katherine.runs import State
 from katherine.settings import PROJECT, Home, child_environment
-from katherine.talks import OVER, Sampling
 
 # What chat is held to: of llama-cpp-python's tokens a second, and seconds.
 RATIO, FIRST_WORD = 0.9, 1.5
@@ -78,23 +75,22 @@ def _export(home: Home, gguf: Path, base: str) -> list[Column]:
 
 
 def _measure(home: Home, chosen: list[Column], gguf: Path, rounds: int) -> dict[str, Any]:
-    cold = []
-    for number in range(3):
-        with _chat(home) as (_, asking, _):
-            cold.append(_first_words(home, asking, chosen, f"Good morning number {number}, who are you?"))
-    with _chat(home) as (pool, asking, renderer):
-        _first_words(home, asking, chosen, "Who are you?")
+    with closing(Renderer(home)) as renderer:
+        ids = renderer.prompt(chosen[0].base, [Message("user", STORY)])
+    with panel(home) as (port, _, _), closing(_Tab(home, port)) as tab:
+        cold = []
+        for number in range(3):
+            tab.unload(chosen)
+            cold.append(tab.first_words(chosen, f"Good morning number {number}, who are you?"))
         loaded = [
-            _first_words(home, asking, chosen, f"{number} people ask: who are you, and where do you live?")
+            tab.first_words(chosen, f"{number} people ask: who are you, and where do you live?")
             for number in range(rounds)
         ]
-        for column in chosen[1:]:
-            pool.unload(column.id)
-        ids = renderer.prompt(chosen[0].base, [Message("user", STORY)])
+        tab.unload(chosen[1:])
         with _alone(gguf) as alone:
             ours, theirs = [], []
             for number in range(rounds + 1):
-                mine, other = _story(home, asking, chosen[0]), alone(ids)
+                mine, other = tab.story(chosen[0]), alone(ids)
                 if number:  # the first of each touches its memory for the first time
                     ours.append(mine)
                     theirs.append(other)
@@ -120,54 +116,100 @@ def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 3) for value in values]
 
 
-@contextmanager
-def _chat(home: Home) -> Iterator[tuple[Pool, Asking, Renderer]]:
-    renderer, pool = Renderer(home), Pool(home)
-    with closing(renderer), closing(pool), closing(Asking(home, pool, renderer)) as asking:
-        yield pool, asking, renderer
+class _Tab:
+    """The chat tab as a browser has it open, without the browser: it would want a core that is not the panel's."""
 
+    def __init__(self, home: Home, port: int):
+        address = f"http://127.0.0.1:{port}"
+        self._home = home
+        self._web = httpx.Client(base_url=address, headers={"Origin": address}, timeout=120)
+        if self._web.post("/login", data={"password": PASSWORD}).status_code != 303:
+            raise SystemExit("The panel did not let the benchmark in.")
+        config = self._web.get("/operator/config").json()
+        self._parts = {part["id"]: part["props"] for part in config["components"]}
+        by_name = {props.get("elem_id"): key for key, props in self._parts.items()}
+        heard = {tuple(target): each for each in config["dependencies"] for target in each["targets"]}
+        self._ask = heard[(by_name["chat-question"], "submit")]
+        self._question, self._models = by_name["chat-question"], by_name["chat-models"]
+        # What is open comes first, and with what was sent last it is all that the tab sends when it looks.
+        self._open, self._marks = self._ask["inputs"][0], self._ask["inputs"][3]
+        self._look = next(
+            each
+            for (_, event), each in heard.items()
+            if event == "tick" and each["inputs"] == [self._open, self._marks]
+        )
+        drawn = next(
+            key for key, props in self._parts.items() if "katherineTalk.loaded(" in str(props.get("js_on_load"))
+        )
+        self._unload = heard[(drawn, "select")]
 
-def _talk(home: Home, chosen: Sequence[Column], tokens: int) -> str:
-    sampling = Sampling(temperature=0.0, max_new_tokens=tokens)
-    files = {column.id: column.sha256 for column in chosen}
-    return talks.create(home, who="bench.chat", role="operator", files=files, sampling=sampling).id
+    def close(self) -> None:
+        self._web.close()
 
+    def unload(self, chosen: Sequence[Column]) -> None:
+        for column in chosen:
+            values = [self._parts[key].get("value") for key in self._unload["inputs"]]
+            self._queued(self._unload, values, {"id": column.id})
 
-def _first_words(home: Home, asking: Asking, chosen: Sequence[Column], question: str) -> float:
-    """Seconds from the question to the moment when every column has shown a word."""
-    talk = _talk(home, chosen, 16)
-    began = time.monotonic()
-    asking.ask(talk, question)
-    while not all(each.text or each.state in OVER for each in asking.view(talk).rounds[-1].answers):
-        time.sleep(0.005)
-    seconds = time.monotonic() - began
-    while asking.is_answering(talk):
-        time.sleep(0.01)
-    if failed := [each.note for each in asking.view(talk).rounds[-1].answers if each.state != "done"]:
-        raise SystemExit(f"A column did not answer: {failed[0]}")
-    return seconds
+    def first_words(self, chosen: Sequence[Column], question: str) -> float:
+        """Seconds from the question to the moment when the page shows a word of every column."""
+        began, seconds = time.monotonic(), 0.0
+        for answers in self._answering(chosen, question, 16):
+            if not seconds and all(each["text"] for each in answers):
+                seconds = time.monotonic() - began
+        if not seconds:
+            raise SystemExit(f"A column did not answer: {[each['note'] or each['words'] for each in answers]}")
+        return seconds
 
+    def story(self, column: Column) -> float:
+        """Tokens a second after the first."""
+        for _ in self._answering([column], STORY, TOKENS):
+            pass
+        (answer,) = talks.load(self._home, self._talk).rounds[-1].answers
+        if answer.tokens_per_second is None:
+            raise SystemExit(f"The column did not answer: {answer.note or answer.text!r}")
+        return answer.tokens_per_second
 
-def _story(home: Home, asking: Asking, column: Column) -> float:
-    """Tokens a second after the first, with a page that looks on."""
-    talk = _talk(home, [column], TOKENS)
-    ending = threading.Event()
+    def _answering(self, chosen: Sequence[Column], question: str, tokens: int) -> Iterator[list[dict[str, Any]]]:
+        """A new talk; the answers as the page draws them, until they are over and written down."""
+        given = {self._models: [column.id for column in chosen], self._question: question, self._open: ""}
+        named = {"Temperature": 0, "Tokens at most": tokens}
+        values = [
+            given.get(key, named.get(self._parts[key].get("label"), self._parts[key].get("value")))
+            for key in self._ask["inputs"]
+        ]
+        came = dict(zip(self._ask["outputs"], self._queued(self._ask, values), strict=True))
+        self._talk, marks = str(came[self._open]), came[self._marks]
+        answers: list[dict[str, Any]] = []
+        while not answers or any(each["busy"] for each in answers):
+            news = self._direct(self._look, [self._talk, marks])
+            for value in news:
+                if isinstance(value, str) and value.startswith('{"talk"'):
+                    answers = [each for round in json.loads(value)["rounds"] for each in round["answers"]] or answers
+            marks = next((value for value in news if isinstance(value, dict) and "__type__" not in value), marks)
+            if answers:
+                yield answers
+            time.sleep(POLL)
+        while not talks.load(self._home, self._talk).rounds:
+            time.sleep(0.01)
 
-    def poll() -> None:
-        while not ending.wait(POLL):
-            msgspec.json.encode(asking.view(talk))
+    def _direct(self, which: dict[str, Any], values: list[Any]) -> list[Any]:
+        body = {"data": values, "fn_index": which["id"], "session_hash": "bench"}
+        answer = self._web.post("/operator/gradio_api/run/predict", json=body)
+        answer.raise_for_status()
+        return answer.json()["data"]
 
-    page = threading.Thread(target=poll, daemon=True)
-    page.start()
-    asking.ask(talk, STORY)
-    while asking.is_answering(talk):
-        time.sleep(0.01)
-    ending.set()
-    page.join()
-    (answer,) = asking.view(talk).rounds[-1].answers
-    if answer.tokens_per_second is None:
-        raise SystemExit(f"The column did not answer: {answer.note or answer.text!r}")
-    return answer.tokens_per_second
+    def _queued(self, which: dict[str, Any], values: list[Any], event: dict[str, Any] | None = None) -> list[Any]:
+        """A person's events wait in Gradio's queue; their answer comes as a stream."""
+        body = {"data": values, "fn_index": which["id"], "session_hash": "bench", "event_data": event}
+        self._web.post("/operator/gradio_api/queue/join", json=body).raise_for_status()
+        with self._web.stream("GET", "/operator/gradio_api/queue/data?session_hash=bench") as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data:") and (said := json.loads(line[5:]))["msg"] == "process_completed":
+                    if not said["success"]:
+                        raise SystemExit(f"The panel refused: {said['output']}")
+                    return said["output"]["data"]
+        raise SystemExit("The panel gave no answer.")
 
 
 @contextmanager

@@ -11,27 +11,23 @@ import json
 import os
 import re
 import shutil
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bench.past import write_past
+from bench.served import PASSWORD, panel
 from jobs import queue
 from katherine import bases, corpus, probesets, recipe, runs, settings
 from katherine.runs import Run, State
-from katherine.settings import PROJECT, Home
+from katherine.settings import Home
 from katherine.template import ChatTemplate
 
-PASSWORD = "a password of this benchmark"
 # What the panel is held to: milliseconds, bytes and bytes.
 TAB, REFRESH, REFRESH_BYTES, MEMORY = 300, 150, 60_000, 350e6
 # And seconds: of its start on the idle machine, of any handler (ui.edge notes those that take longer), of any request.
@@ -67,7 +63,7 @@ def main() -> None:
         _borrow_cache(home)
         past = write_past(home, runs=options.runs, steps=options.steps)
         longest = max((run for run in past if run.record.kind == "sft"), key=lambda run: _size(run))
-        with _panel(home) as (port, process, start), _growing(longest):
+        with panel(home) as (port, process, start), _growing(longest):
             before = _watch(port, longest, options.seconds / 2)
             with _training(home) as training:
                 during = _watch(port, longest, options.seconds)
@@ -90,36 +86,6 @@ def _borrow_cache(home: Home) -> None:
 def _size(run: Run) -> int:
     path = run.path / "metrics.jsonl"
     return path.stat().st_size if path.is_file() else 0
-
-
-@contextmanager
-def _panel(home: Home) -> Iterator[tuple[int, subprocess.Popen, float]]:
-    """Its port, its process, and how many seconds it took until it answered."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    secrets = {"KATHERINE_OPERATOR_PASSWORD": PASSWORD, "KATHERINE_REVIEWER_PASSWORD": PASSWORD[::-1]}
-    began = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "app.py", "serve", "--port", str(port)],
-        cwd=PROJECT,
-        env=os.environ | secrets | {"KATHERINE_HOME": str(home.root)},
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("The panel did not start.") from None
-                time.sleep(0.1)
-        yield port, process, time.monotonic() - began
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
 
 
 @contextmanager
