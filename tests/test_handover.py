@@ -119,9 +119,11 @@ def files_with_the_secret(*roots: Path) -> list[Path]:
 
 def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, home, hub, tmp_path):
     heard: list[Any] = []
+    answered: list[Any] = []
 
     me = people("operator")
     page = me.page
+    page.on("requestfinished", lambda request: answered.append(request))
 
     # The operator exports.
     me.open("export")
@@ -230,8 +232,27 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
     assert events == ["approved", "push begun", "push"] and audit.broken(home) == ""
     assert files_with_the_secret(home.root, tmp_path / "arrived", tmp_path / "hf") == []
     assert CANARY not in sent and CANARY not in page.content() and CANARY not in panel.output
+    # On no page: in nothing that the operator's browser was given since it came in.
+    for tab in ("dataset", "recipe", "train", "export", "chat", "probes", "review", "publish", "history"):
+        me.open(tab)
+        page.wait_for_timeout(1000)
+        assert CANARY not in page.content(), tab
+    given = [body for request in answered if (body := body_of(request)) is not None]
+    assert any(b"receipt" in body for body in given), "nothing was heard, so nothing was looked for"
+    assert not any(CANARY.encode() in body for body in given)
     assert holders(home) == set()
     assert me.complaints == [] and other.complaints == []
+
+
+def body_of(request: Any) -> bytes | None:
+    """What came, None where the browser keeps none: of a stream, a redirect, or what it no longer needs."""
+    from playwright.sync_api import Error as PlaywrightError
+
+    try:
+        response = request.response()
+        return response.body() if response is not None else None
+    except PlaywrightError:
+        return None
 
 
 def judged(home: Home, export_id: str, number: int) -> bool:
