@@ -17,12 +17,12 @@ import httpx
 import pytest
 from browser import Served
 from gradio.state_holder import SessionState
-from talking import export, exported, file, home, learned, until  # noqa: F401
+from talking import asked, begin, export, exported, file, home, learned, until  # noqa: F401
 from test_blind import record
 from visitor import Visitor
 
 from jobs import errands, queue
-from katherine import approval, blind, probesets, reviews, talks
+from katherine import approval, blind, columns, probesets, reviews, talks
 from katherine.runs import Run, State
 from katherine.settings import Home
 from ui import review
@@ -265,6 +265,17 @@ def test_nobody_unloads_what_others_use_where_no_training_waits(panel, reader):
     before = {each.pid for each in panel.pool.view().loaded}
     assert reader.act("let_training_begin")["error"] == ""
     assert before and {each.pid for each in panel.pool.view().loaded} == before
+
+
+def test_the_operators_chat_and_the_reviewers_page_share_the_engines(reviewed, panel, export):
+    reader = Reader(panel)
+    reader.begin()
+    reader.act("go", course="three", at=0)
+    reader.answered()
+    loaded = {each.column: each.pid for each in panel.pool.view().loaded}
+    talk = begin(reviewed, *columns.of_export(reviewed, export))
+    assert {answer.state for answer in asked(panel.asking, talk, "Who are you?")} == {"done"}
+    assert len(loaded) == 3 and {each.column: each.pid for each in panel.pool.view().loaded} == loaded
 
 
 def test_a_file_that_was_tampered_with_fails_in_its_card_and_the_others_answer(reviewed, panel, export):
