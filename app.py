@@ -1,6 +1,7 @@
 """The command line: the panel, and the words of jobs.commands."""
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -33,12 +34,24 @@ def serve(options: argparse.Namespace) -> None:
     server.serve(home(), options.port, new_passwords=options.new_passwords)
 
 
+# A word of `bench` → its module, which has a main of its own.
+BENCHES = {"make-base": "base", **dict.fromkeys(("corpus", "panel", "chat", "export", "gpu", "past"))}
+
+
+def bench(options: argparse.Namespace) -> None:
+    module = importlib.import_module(f"bench.{BENCHES[options.what] or options.what}")
+    sys.exit(module.main(options.arguments))
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="app.py", description="Train, export, probe, approve and push a persona.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND")
     p = command(commands, "serve", serve, "the panel in the browser; what app.py does when no command is named")
     p.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     p.add_argument("--new-passwords", action="store_true", help="make new ones, and show them once")
+    p = command(commands, "bench", bench, "measure: what is reached here, against a baseline in the same run")
+    p.add_argument("what", choices=BENCHES)
+    p.add_argument("arguments", nargs=argparse.REMAINDER, help="as `python -m bench.WHAT --help` says")
     for area in WORDS:
         area.register(commands)
     return top

@@ -236,6 +236,14 @@ def lower(run: Run, otherwise: str) -> str:
     batch, accumulation = recipe.get("per_device_batch_size"), recipe.get("gradient_accumulation_steps", 1)
     if batch is None:
         return f"Close what else uses it, {otherwise}, then resume."
+    if recipe.get("fit") is False:
+        return f"Start again with fit on: the batch is then laid out by the memory that is there, {otherwise}."
+    if recipe.get("fit") and recipe.get("load_in_4bit") is False:
+        return f"The smallest layout did not fit. Start again with load_in_4bit on, {otherwise}."
+    if recipe.get("fit"):
+        return (
+            f"The smallest layout did not fit. Start again with max_length below {recipe['max_length']}, {otherwise}."
+        )
     if batch > 1:
         half = math.ceil(batch / 2)
         same = math.ceil(batch * accumulation / half)

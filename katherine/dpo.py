@@ -5,9 +5,10 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from katherine import adapters, corpus, model, settings, training
+from katherine import adapters, corpus, fit, gpu, model, settings, shapes, training
 from katherine.checkpoints import Checkpoints
 from katherine.examples import Conversation
+from katherine.fit import Fit
 from katherine.progress import Progress
 from katherine.recipe import DpoRecipe
 from katherine.template import ChatTemplate, RenderedPair
@@ -16,6 +17,14 @@ from katherine.template import ChatTemplate, RenderedPair
 def row(pair: RenderedPair) -> dict[str, list[int]]:
     """The trainer's columns."""
     return {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
+
+
+def unit(row: dict[str, list[int]]) -> tuple[tuple[list[int], list[bool]], ...]:
+    """The trainer's columns as a step's unit: the chosen row and the rejected one, each with what is learned."""
+    prompt = row["prompt_ids"]
+    return tuple(
+        (prompt + row[name], [False] * len(prompt) + [True] * len(row[name])) for name in ("chosen_ids", "rejected_ids")
+    )
 
 
 def _length(row: dict[str, list[int]]) -> int:
@@ -29,9 +38,11 @@ def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: 
     Raises KatherineError for what a person can mend, Stopped after a requested stop was checkpointed.
     """
     progress.phase("load")
-    model.ready(settings.home(), progress)
     base = adapters.base_of(settings.home(), adapter)
     checkpoint = Path(base.checkpoint)
+    card = gpu.mine()
+    fitted = fit.wanted(recipe, checkpoint, card, progress)
+    model.ready(settings.home(), progress, fitted=fitted)
     progress.say(f"Going on from {adapter}, trained on {base.name}{' in 4 bit' if base.load_in_4bit else ''}.")
     template = ChatTemplate.load(checkpoint)
     preferences = corpus.preferences(dataset)
@@ -41,19 +52,28 @@ def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: 
     rows = [row(template.pair(preference)) for preference in preferences]
     sequences = training.arrange(rows, _length, recipe, progress)
 
+    lora = adapters.lora_of(adapter)
+    layout = None
+    if fitted:
+        units = [sum(len(ids) for ids, _ in unit(row)) for row in sequences.train]
+        shape = shapes.of(settings.home(), str(checkpoint))
+        layout = fit.choose(recipe, shape, card, units, lora, base.load_in_4bit)
+        for line in layout.lines:
+            progress.say(line)
     loaded = model.load(
         checkpoint,
-        adapters.lora_of(adapter),
+        lora,
         load_in_4bit=base.load_in_4bit,
         max_length=recipe.max_length,
         gradient_checkpointing=recipe.gradient_checkpointing,
         seed=recipe.seed,
+        fit=layout,
     )
     weights = adapter / adapters.WEIGHTS
     model.set_adapter_weights(loaded, adapters.read_weights(adapter), adapter)
     parent = hashlib.sha256(weights.read_bytes()).hexdigest()
     kept = training.checkpoints_of(recipe, sequences, out, progress, parent)
-    made = trainer(loaded, checkpoint, sequences, recipe, kept, progress)
+    made = trainer(loaded, checkpoint, sequences, recipe, kept, progress, layout)
     progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
     history = training.run(made, recipe, kept, base, out, progress)
     logged = [entry for entry in history if "loss" in entry]
@@ -72,6 +92,7 @@ def trainer(
     recipe: DpoRecipe,
     kept: Checkpoints,
     progress: Progress,
+    layout: Fit | None = None,
 ) -> Any:
     """TRL's DPOTrainer over pairs that are already tokenised. It copies the adapter as the reference when it is
     made, before a checkpoint is loaded: a resumed run compares with the same SFT model."""
@@ -79,21 +100,25 @@ def trainer(
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    class Trainer(training.Recorded, DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
-            return dataset
-
     tokenizer = model.tokenizer(checkpoint)
-    return Trainer(
-        model=loaded,
-        args=DPOConfig(
-            **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress),
-            beta=recipe.beta,
-            # the reference runs without dropout, so the policy must too, or they would differ before a step is made
-            disable_dropout=True,
-        ),
-        train_dataset=Dataset.from_list(sequences.train),
-        eval_dataset=Dataset.from_list(sequences.held_out) if sequences.held_out else None,
-        data_collator=DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
+    collator: Any = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+    parents: tuple[Any, ...] = (training.Recorded, DPOTrainer)
+    if layout:
+        from katherine import steps
+
+        collator, parents = steps.collate(unit), (steps.PackedDpo, *parents)
+    with training.exact(loaded):
+        made = type("Trainer", parents, {"fit": layout, "_prepare_dataset": lambda self, dataset, *_: dataset})(
+            model=loaded,
+            args=DPOConfig(
+                **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress, layout is not None),
+                beta=recipe.beta,
+                # the reference runs without dropout, so the policy must too, or they would differ before a step is made
+                disable_dropout=True,
+            ),
+            train_dataset=Dataset.from_list(sequences.train),
+            eval_dataset=Dataset.from_list(sequences.held_out) if sequences.held_out else None,
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+    return made

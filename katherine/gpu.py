@@ -1,6 +1,7 @@
 """What the NVIDIA driver says about its cards at this moment, through NVML. Reading only: what the figures mean is
 the doctor's to say, and torch is never asked."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,16 @@ def read() -> list[GpuReading]:
         raise SetupError(_unwell(error)) from error
     finally:
         nvml.nvmlShutdown()
+
+
+def mine() -> GpuReading | None:
+    """The card that this process computes on: the first that CUDA_VISIBLE_DEVICES lets it see, by its number. None
+    without a GPU. Raises SetupError as read does."""
+    cards = read()
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if first.isdigit() and int(first) < len(cards):
+        return cards[int(first)]
+    return cards[0] if cards else None
 
 
 def _card(nvml: Any, index: int, driver: str, cuda: str) -> GpuReading:

@@ -11,6 +11,7 @@ from typing import Any
 
 from katherine import adapters
 from katherine.errors import ModelError, RecipeError, SetupError
+from katherine.fit import Fit
 from katherine.progress import Progress
 from katherine.settings import Home
 
@@ -83,11 +84,11 @@ def settle(home: Home, progress: Progress) -> None:
     progress.say(f"Compiled kernels are kept in {kernels}.")
 
 
-def ready(home: Home, progress: Progress) -> None:
-    """As settle, for training: imports unsloth where there is a GPU, so call it before anything imports trl. Raises
-    SetupError where a GPU is there and unsloth is not."""
+def ready(home: Home, progress: Progress, *, fitted: bool) -> None:
+    """As settle, for training: imports unsloth where there is a GPU and the training is not `fitted`, so call it before
+    anything imports trl. Raises SetupError where unsloth is needed and is not there."""
     settle(home, progress)
-    if on_cuda():
+    if on_cuda() and not fitted:
         if importlib.util.find_spec("unsloth") is None:
             raise SetupError("This machine has a GPU, but unsloth is not installed: run `bash bootstrap.sh setup`.")
         # It patches trl, transformers and peft while it is imported, so it comes before them.
@@ -132,11 +133,13 @@ def load(
     max_length: int,
     gradient_checkpointing: bool,
     seed: int,
+    fit: Fit | None = None,
 ) -> Any:
     """The base with a fresh adapter, ready for a trainer: a PeftModel whose one adapter is "default".
 
-    On CUDA in 4 or 16 bit, on a CPU as compute_type says. The adapter's first weights depend on `seed` alone, and are
-    float32 everywhere: at a learning rate of 5e-6 a bfloat16 weight would not move at all.
+    On CUDA in 4 or 16 bit, on a CPU as compute_type says; with `fit` it reads packed batches, laid out so. The
+    adapter's first weights depend on `seed` alone, and are float32 everywhere: at a learning rate of 5e-6 a bfloat16
+    weight would not move at all.
     Raises RecipeError for 4 bit without CUDA, SetupError for an unknown architecture.
     """
     if not on_cuda() and load_in_4bit:
@@ -146,22 +149,32 @@ def load(
                 "turn load_in_4bit off (the presets demo and k0-bf16 have it off)."
             ]
         )
-    if on_cuda():
+    if on_cuda() and fit is None:
         loaded = _load_fast(checkpoint, lora, load_in_4bit, max_length, gradient_checkpointing, seed)
     else:
-        loaded = _load_plain(checkpoint, lora, seed)
+        loaded = _load_plain(checkpoint, lora, load_in_4bit, seed)
+    if fit is not None:
+        from katherine import packed_model
+
+        bare = loaded.get_base_model()
+        packed_model.install(bare)
+        packed_model.recompute(bare, fit.recomputed)
     for parameter in loaded.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return loaded
 
 
-def _load_plain(checkpoint: Path, lora: adapters.Lora, seed: int) -> Any:
+def _load_plain(checkpoint: Path, lora: adapters.Lora, load_in_4bit: bool, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     model_class, _ = architecture(checkpoint)
-    model = model_class.from_pretrained(checkpoint, dtype=compute_type())
+    arguments: dict[str, Any] = {"dtype": compute_type()} | (four_bits() if load_in_4bit else {})
+    if on_cuda():
+        # By its number: accelerate compares it with the device that the trainer counts.
+        arguments["device_map"] = {"": 0}
+    model = model_class.from_pretrained(checkpoint, local_files_only=True, **arguments)
     set_seed(seed)
     return get_peft_model(model, LoraConfig(**lora_arguments(lora, model), task_type="CAUSAL_LM"))
 
@@ -217,13 +230,7 @@ def with_adapter(base: adapters.Base, adapter: Path, *, name: str = "default", f
         raise ModelError(f"{adapter / 'base.json'} names the class {base.model_class!r}, which transformers lacks.")
     arguments: dict[str, Any] = {"dtype": torch.bfloat16 if four_bit else getattr(torch, base.dtype)}
     if four_bit:
-        # As unsloth and the QLoRA paper quantise: NF4, with the block scales quantised too.
-        arguments["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        arguments |= four_bits()
     device = "cuda" if on_cuda() else "cpu"
     try:
         bare = kind.from_pretrained(base.checkpoint, device_map={"": device}, local_files_only=True, **arguments)
@@ -241,6 +248,20 @@ def with_adapter(base: adapters.Base, adapter: Path, *, name: str = "default", f
             f"{sorted(odd)[0]}: the adapter belongs to another base."
         )
     return model.eval()
+
+
+def four_bits() -> dict[str, Any]:
+    """Has from_pretrained quantise as unsloth and the QLoRA paper do: NF4, with the block scales quantised too."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantised}
 
 
 def describe(name: str, checkpoint: Path, load_in_4bit: bool) -> adapters.Base:

@@ -119,6 +119,14 @@ class _LoraTraining(Recipe):
         unit="tokens",
         title="Highest length",
     )
+    fit: bool = _field(
+        True,
+        "Memory decides how many examples of a step are looked at together, and what is recomputed; padding goes. The "
+        "examples of a step, the steps and the loss stay. Off trains as written here, through unsloth on a GPU.",
+        MEASURED,
+        title="Fit to this machine",
+        first=True,
+    )
     gradient_checkpointing: bool = _field(True, "About 10% slower, much less memory.", K0)
     held_out: float = _field(
         0.0,

@@ -8,7 +8,8 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,8 +126,12 @@ class Recorded(_Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         # Stays on the device; it is read when the step is logged, which waits for the device anyway.
-        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        self.count(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *rest, **named)
+
+    def count(self, tokens: Any) -> None:
+        """Tokens that the step under way has looked at, without padding."""
+        self._tokens = self._tokens + tokens
 
     def _maybe_log_save_evaluate(self, *rest: Any, **named: Any) -> None:
         """Called once when an optimiser step is done, and once more at each epoch's end."""
@@ -212,8 +217,11 @@ def _memory_gib() -> float:
 # --------------------------------------------------------------------------------------------------- a run
 
 
-def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, progress: Progress) -> dict[str, Any]:
-    """The recipe in the words of transformers' TrainingArguments, for both of TRL's configs."""
+def arguments(
+    recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, progress: Progress, fitted: bool = False
+) -> dict[str, Any]:
+    """The recipe in the words of transformers' TrainingArguments, for both of TRL's configs. fitted: the trainer is
+    given whole steps, and cuts, recomputes and narrows by itself."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -222,11 +230,12 @@ def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, prog
     if optim == "adamw_8bit" and not cuda:
         optim = "adamw_torch"
         progress.say("optim is adamw_torch here: adamw_8bit needs CUDA.")
+    batch = recipe.effective_batch_size if fitted else recipe.per_device_batch_size
     return {
         "output_dir": str(folder),
-        "per_device_train_batch_size": recipe.per_device_batch_size,
-        "per_device_eval_batch_size": recipe.per_device_batch_size,
-        "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "gradient_accumulation_steps": 1 if fitted else recipe.gradient_accumulation_steps,
         "num_train_epochs": recipe.num_train_epochs,
         "learning_rate": recipe.learning_rate,
         # below 1 it is a share of all steps
@@ -236,11 +245,12 @@ def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, prog
         "max_grad_norm": recipe.max_grad_norm,
         "optim": optim,
         "max_length": recipe.max_length,
-        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "gradient_checkpointing": recipe.gradient_checkpointing and not fitted,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "bf16": compute is torch.bfloat16,
-        "fp16": compute is torch.float16,
+        # A fitted model computes in its own type throughout.
+        "bf16": compute is torch.bfloat16 and not fitted,
+        "fp16": compute is torch.float16 and not fitted,
         "use_cpu": not cuda,
         "logging_steps": 1,
         # a loss that is not a number must be seen, not replaced by the average so far
@@ -253,6 +263,17 @@ def arguments(recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, prog
         "remove_unused_columns": False,
         "dataloader_pin_memory": cuda,
     }
+
+
+@contextmanager
+def exact(loaded: Any) -> Iterator[None]:
+    """Keeps the adapter's weights as they are while a trainer is made: TRL narrows those on a quantised base to
+    bfloat16, and DPO's reference, copied before, would differ from the policy."""
+    kept = {name: each.detach().clone() for name, each in loaded.named_parameters() if each.requires_grad}
+    yield
+    for name, each in loaded.named_parameters():
+        if name in kept:
+            each.data = kept[name]
 
 
 def checkpoints_of(

@@ -1,0 +1,221 @@
+"""One optimiser step over packed batches: its examples cut into batches that fit at once, and the two losses. Which
+examples make a step is the trainer's business; how they are laid out on the machine is fit's. Needs torch: import it in
+a job's process only."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from katherine import fit as fits
+from katherine import packed_model, packing
+from katherine.fit import Fit
+from katherine.likelihood import token_logprobs
+from katherine.packing import Batch
+
+# A sequence as the trainers know it: its ids, and which of them are learned.
+Row = tuple[Sequence[int], Sequence[bool]]
+# What a step consists of: a row, or the chosen and the rejected one of a pair.
+Unit = Sequence[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """A whole step's, as the collator gives them: of no type that accelerate would look into, token by token."""
+
+    each: tuple[Unit, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """batches: the step's units, cut. units: how many there are. scored: learned tokens in all; tokens: all of them."""
+
+    batches: tuple[Batch, ...]
+    units: int
+    scored: int
+    tokens: int
+
+
+def collate(unit_of: Callable[[dict[str, Any]], Unit]) -> Callable[[list[dict[str, Any]]], dict[str, Units]]:
+    """A collator for batches that are whole steps. `unit_of`: a dataset's example → its rows."""
+    return lambda examples: {"units": Units(tuple(unit_of(example) for example in examples))}
+
+
+def cut(units: Sequence[Unit], limit: int) -> list[list[Unit]]:
+    """Units in groups of alike lengths with at most `limit` tokens each, as few as that allows and as even as that
+    allows. A unit longer than the limit stands alone."""
+
+    def tokens(unit: Unit) -> int:
+        return sum(len(ids) for ids, _ in unit)
+
+    ordered = sorted(units, key=tokens)
+    total = sum(map(tokens, ordered))
+    aim = total / math.ceil(total / limit)
+    groups: list[list[Unit]] = []
+    held = 0
+    for unit in ordered:
+        size = tokens(unit)
+        # Half of a unit may stand over the even share, never over the limit.
+        if not groups or held + size > limit or held + size / 2 > aim:
+            groups.append([])
+            held = 0
+        groups[-1].append(unit)
+        held += size
+    return groups
+
+
+def lay_out(units: Sequence[Unit], fit: Fit, device: Any) -> Step:
+    """A step's units as batches on `device`."""
+    batches = tuple(
+        packing.pack([row for unit in group for row in unit], fit.multiples) for group in cut(units, fit.tokens)
+    )
+    scored = sum(len(batch.scored) for batch in batches)
+    tokens = sum(batch.tokens for batch in batches)
+    return Step(tuple(batch.to(device, non_blocking=True) for batch in batches), len(units), scored, tokens)
+
+
+# ------------------------------------------------------------------------------------------------ the trainers
+
+# TRL's trainers, which these stand in front of, are imported when a run begins.
+_Trainer: Any = object
+
+
+class Packed(_Trainer):
+    """Put before training.Recorded and a trainer class whose batches are whole steps. Set `fit` before train().
+
+    Where memory runs out, the step is done again in a smaller layout, which holds from then on."""
+
+    fit: Fit
+    _replay: Any = None
+
+    def losses(self, model: Any, batch: Batch, whole: Step) -> torch.Tensor:
+        """The batch's share of the step's loss."""
+        raise NotImplementedError
+
+    def done(self, mode: str, whole: Step) -> None:
+        """After a step or an evaluated batch."""
+
+    def logprobs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Of the batch's learned tokens, float32, (scored,)."""
+        bare = self.accelerator.unwrap_model(model).get_base_model()
+        if self.fit.captured and torch.is_grad_enabled():
+            hidden = self._replayed(model, bare)(batch)
+        else:
+            hidden = packed_model.hidden_states(bare, batch)
+        return token_logprobs(hidden[batch.scored], bare.lm_head.weight, batch.labels, self.fit.logits)
+
+    def _replayed(self, model: Any, bare: Any) -> Any:
+        if self._replay is None:
+            from katherine.replay import Replay
+
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            self._replay = Replay(lambda batch: packed_model.hidden_states(bare, batch), parameters)
+        return self._replay
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
+        model.train()
+        units: Units = inputs["units"]
+        while True:
+            try:
+                whole = lay_out(units.each, self.fit, self.args.device)
+                loss = self._attempt(model, whole)
+                break
+            except torch.OutOfMemoryError:
+                layers = len(packed_model.backbone(self.accelerator.unwrap_model(model).get_base_model()).layers)
+                smaller = fits.tighter(self.fit, layers)
+                if smaller is None:
+                    raise
+                self._shrink(model, smaller)
+        self.count(whole.tokens)
+        self.done("train", whole)
+        return loss
+
+    def _attempt(self, model: Any, whole: Step) -> torch.Tensor:
+        total = torch.zeros((), device=self.args.device)
+        for batch in whole.batches:
+            loss = self.losses(model, batch, whole)
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _shrink(self, model: Any, smaller: Fit) -> None:
+        self.progress.say(
+            f"Out of GPU memory with {self.fit.tokens:,} tokens at once and {self.fit.recomputed} layers recomputed"
+            f"{', captured' * self.fit.captured}. The step is done again with {smaller.tokens:,} tokens and "
+            f"{smaller.recomputed} layers recomputed, not captured."
+        )
+        self._replay = None
+        model.zero_grad(set_to_none=True)
+        self.forget()
+        self.fit = smaller
+        packed_model.recompute(self.accelerator.unwrap_model(model).get_base_model(), smaller.recomputed)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """What an attempt that failed has noted."""
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
+        units: Units = inputs["units"]
+        whole = lay_out(units.each, self.fit, self.args.device)
+        with torch.no_grad():
+            total = sum(self.losses(model, batch, whole) for batch in whole.batches)
+        self.done("eval", whole)
+        return total, None, None
+
+
+class PackedSft(Packed):
+    """The mean negative log-likelihood of the step's learned tokens: each counts alike, however the step was cut."""
+
+    def losses(self, model: Any, batch: Batch, whole: Step) -> torch.Tensor:
+        return -self.logprobs(model, batch).sum() / whole.scored
+
+
+class PackedDpo(Packed):
+    """DPO's loss, the mean over the step's pairs; the reference is TRL's frozen copy of the adapter. Of a batch's rows,
+    chosen and rejected take turns."""
+
+    def __init__(self, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._rewards: list[torch.Tensor] = []
+
+    def losses(self, model: Any, batch: Batch, whole: Step) -> torch.Tensor:
+        found = sequence_logprobs(self.logprobs(model, batch), batch)
+        each, rewards = preference_loss(found, self._reference(model, batch), self.beta)
+        self._rewards.append(rewards.detach())
+        return each.sum() / whole.units
+
+    def _reference(self, model: Any, batch: Batch) -> torch.Tensor:
+        from trl.trainer.utils import use_adapter
+
+        with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), adapter_name="ref"):
+            return sequence_logprobs(self.logprobs(model, batch), batch)
+
+    def forget(self) -> None:
+        self._rewards.clear()
+
+    def done(self, mode: str, whole: Step) -> None:
+        chosen, rejected = torch.cat(self._rewards).unbind(dim=1)
+        self._rewards.clear()
+        means = torch.stack([chosen, rejected, chosen - rejected, (chosen > rejected).float()]).mean(dim=1).tolist()
+        for name, value in zip(("chosen", "rejected", "margins", "accuracies"), means, strict=True):
+            self._metrics[mode][f"rewards/{name}"].append(value)
+
+
+def sequence_logprobs(logprobs: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(scored,) → (filled rows,), the sum of each row's. Summed in a fixed order, so that equal models agree to the
+    bit."""
+    own = batch.owner[None] == torch.arange(batch.filled, device=logprobs.device)[:, None]
+    return torch.where(own, logprobs[None], 0).sum(dim=1)
+
+
+def preference_loss(policy: torch.Tensor, reference: torch.Tensor, beta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log σ(β · ((π - ref) of chosen - (π - ref) of rejected)), Rafailov et al. 2023, equation 7.
+
+    Sums of log-probabilities, chosen and rejected in turn (pairs × 2,) → each pair's loss (pairs,) and its rewards
+    (pairs, 2)."""
+    rewards = beta * (policy - reference).view(-1, 2)
+    return -functional.logsigmoid(rewards[:, 0] - rewards[:, 1]), rewards
