@@ -166,7 +166,8 @@ def static_bytes(recipe: SftRecipe | DpoRecipe, shape: Shape, lora: Lora, four_b
     # NF4 is widened for each product, one weight at a time.
     weights += max(each.inputs * each.outputs for each in shape.linears.values()) * 2 if four_bit else 0
     each = yardstick.WEIGHT + yardstick.GRADIENT * 2 + yardstick.MOMENTS[recipe.optim]
-    each += yardstick.WEIGHT * (isinstance(recipe, DpoRecipe) + bool(recipe.ema_decay))
+    # DPO's reference, and the policy's weights while the reference is asked.
+    each += yardstick.WEIGHT * (2 * isinstance(recipe, DpoRecipe) + bool(recipe.ema_decay))
     return weights + shape.adapter(lora.r, lora.target_modules) * each
 
 

@@ -181,18 +181,36 @@ class PackedDpo(Packed):
     def __init__(self, *given: Any, **named: Any):
         super().__init__(*given, **named)
         self._rewards: list[torch.Tensor] = []
+        self._pair: Any = None
 
     def losses(self, model: Any, batch: Batch, whole: Step) -> torch.Tensor:
-        found = sequence_logprobs(self.logprobs(model, batch), batch)
-        each, rewards = preference_loss(found, self._reference(model, batch), self.beta)
+        # The reference first: a captured graph holds one batch's activations at a time.
+        reference = self._reference(model, batch)
+        policy = sequence_logprobs(self.logprobs(model, batch), batch)
+        each, rewards = preference_loss(policy, reference, self.beta)
         self._rewards.append(rewards.detach())
         return each.sum() / whole.units
 
     def _reference(self, model: Any, batch: Batch) -> torch.Tensor:
-        from trl.trainer.utils import use_adapter
+        """The same sums under the frozen copy's weights, by the same kernels: with another pass, made for inference or
+        outside of a captured graph, equal weights would differ by bfloat16's rounding."""
+        policy, reference = self._two(self.accelerator.unwrap_model(model))
+        with torch.no_grad():
+            kept = torch._foreach_mul(policy, 1.0)
+            torch._foreach_copy_(policy, reference)
+        try:
+            return sequence_logprobs(self.logprobs(model, batch), batch).detach()
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(policy, kept)
 
-        with torch.no_grad(), use_adapter(self.accelerator.unwrap_model(model), adapter_name="ref"):
-            return sequence_logprobs(self.logprobs(model, batch), batch)
+    def _two(self, adapted: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The policy's weights, and TRL's frozen copy of what they were."""
+        if not self._pair:
+            named = [(name, each) for name, each in adapted.named_parameters() if ".default." in name]
+            copies = [adapted.get_parameter(name.replace(".default.", ".ref.")) for name, _ in named]
+            self._pair = [each for _, each in named], copies
+        return self._pair
 
     def forget(self) -> None:
         self._rewards.clear()
