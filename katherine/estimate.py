@@ -2,12 +2,11 @@
 the kinds of GPU that have a price. The yardstick's figures, corrected by finished runs on the same kind of GPU; where
 neither says anything, there is no figure. What is kept of it with a run is prediction's."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from katherine import disk, experience, export, gguf, hardware, prices, shapes, shelf, units, yardstick
+from katherine import disk, experience, export, fit, gguf, hardware, prices, shapes, shelf, units, yardstick
 from katherine.checkpoints import KEEP
 from katherine.drafts import Draft
 from katherine.errors import KatherineError
@@ -290,8 +289,8 @@ def _training(
         return Stage(each.kind, memory=memory, missing=("steps",))
     parts: dict[str, Figure] = {}
     missing = []
-    micro_batches = math.ceil(each.trained_on(count) / each.per_device_batch_size) * each.num_train_epochs
-    micro = yardstick.micro_batch(machine.kind, machine.cores, made, each, counts, shape)
+    batches = yardstick.batches(each, count)
+    batch = _batch(machine.kind, machine.cores, machine.gpu_memory, made, each, counts, shape)
     learned = [s for s in alike if s.setup is not None and s.step is not None]
     if learned:
         parts["load and first step"] = _seen([(s.setup or 0.0, s) for s in learned], machine)
@@ -301,26 +300,53 @@ def _training(
         if not before:
             missing.append("load")
     ratios = [(ratio, s) for s in learned if (ratio := _ratio(home, s)) is not None]
-    if micro and ratios:
+    if batch and ratios:
         seen = _seen(ratios, machine)
-        parts["steps"] = replace(
-            Figure(micro.value * seen.value, micro.value * seen.low, micro.value * seen.high, seen.basis).times(
-                micro_batches
-            )
-        )
-    elif learned and not micro:
+        found = Figure(batch.value * seen.value, batch.value * seen.low, batch.value * seen.high, seen.basis)
+        parts["steps"] = found.times(batches)
+    elif learned and not batch:
         # Nothing is known of this card but that it made such steps: so many more tokens take so much longer.
         per_token = [(s.step or 0.0) / tokens for s in learned if (tokens := _tokens_a_step(home, s))]
         if per_token:
             seen = _seen(list(zip(per_token, learned, strict=False)), machine)
-            parts["steps"] = seen.times(yardstick.padded_tokens(counts, each) * micro_batches)
-    elif micro:
-        parts["steps"] = micro.times(micro_batches)
+            parts["steps"] = seen.times(yardstick.batch_tokens(counts, each) * batches)
+    elif batch:
+        parts["steps"] = batch.times(batches)
     if "steps" not in parts:
         missing.append("steps")
     if learned:
         parts["save"] = _seen([(s.after, s) for s in learned], machine)
     return Stage(each.kind, parts, tuple(missing), memory, len(learned))
+
+
+def _batch(
+    gpu: str,
+    cores: int | None,
+    memory: float | None,
+    made: Mapping[str, Recipe],
+    each: SftRecipe | DpoRecipe,
+    counts: Counts,
+    shape: Shape | None,
+) -> Figure | None:
+    """Seconds of one batch: of a whole step where the training is fitted to a card."""
+    sft = made.get("sft")
+    if gpu and each.fit and shape and memory and isinstance(sft, SftRecipe):
+        return fit.reckoned(gpu, memory, each, sft, counts, shape)[0]
+    return yardstick.micro_batch(gpu, cores, made, each, counts, shape)
+
+
+def _memory(
+    gpu: str,
+    card: float | None,
+    made: Mapping[str, Recipe],
+    each: SftRecipe | DpoRecipe,
+    counts: Counts,
+    shape: Shape | None,
+) -> Figure | None:
+    sft = made.get("sft")
+    if gpu and each.fit and shape and card and isinstance(sft, SftRecipe):
+        return fit.reckoned(gpu, card, each, sft, counts, shape)[1]
+    return yardstick.memory(gpu, made, each, counts, shape)
 
 
 def _compiled(home: Home) -> bool:
@@ -361,17 +387,23 @@ def _ratio(home: Home, sample: Sample) -> float | None:
     sft = sample.recipes.get("sft")
     shape = shapes.of(home, sft.base) if isinstance(sft, SftRecipe) else None
     machine = sample.hardware
-    said = yardstick.micro_batch(
-        prices.kind(machine.gpu), machine.cores, sample.recipes, made, _sample_counts(home, sample), shape
+    said = _batch(
+        prices.kind(machine.gpu),
+        machine.cores,
+        machine.gpu_memory,
+        sample.recipes,
+        made,
+        _sample_counts(home, sample),
+        shape,
     )
     if said is None or sample.step is None:
         return None
-    return sample.step / (said.value * made.gradient_accumulation_steps)
+    return sample.step / (said.value * yardstick.batches_a_step(made))
 
 
 def _tokens_a_step(home: Home, sample: Sample) -> float:
     made = _trained(sample)
-    return yardstick.padded_tokens(_sample_counts(home, sample), made) * made.gradient_accumulation_steps
+    return yardstick.batch_tokens(_sample_counts(home, sample), made) * yardstick.batches_a_step(made)
 
 
 def _learned_memory(
@@ -384,10 +416,11 @@ def _learned_memory(
     alike: Sequence[Sample],
 ) -> Figure | None:
     """What is added up, corrected by what such runs needed beyond it."""
-    added = yardstick.memory(machine.kind, made, each, counts, shape)
+    added = _memory(machine.kind, machine.gpu_memory, made, each, counts, shape)
     beyond = []
     for sample in alike:
-        said = yardstick.memory(machine.kind, sample.recipes, _trained(sample), _sample_counts(home, sample), shape)
+        card, before = sample.hardware.gpu_memory, _sample_counts(home, sample)
+        said = _memory(machine.kind, card, sample.recipes, _trained(sample), before, shape)
         if said is not None and sample.memory is not None:
             beyond.append((sample.memory - said.value, sample))
     if added is None or not beyond:

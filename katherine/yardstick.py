@@ -2,6 +2,7 @@
 before the first step, GPU memory, the parts of an export. What a whole pipeline takes, and what finished runs correct,
 is estimate's business."""
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,11 @@ _LOAD = (46.0, 17.0, 92.0)
 # Until the first step is made: 134 and 163 s with nothing compiled, about three minutes in jobs of ours; 46 s and less
 # where another run has left its kernels. DPO, which finds some of SFT's: 62 s.
 _FIRST = {"sft": (134.0, 46.0, 180.0), "dpo": (62.0, 46.0, 163.0)}
+# The same of a fitted training, in jobs: 42 s from the start to the first step, of which importing the libraries from a
+# cold disk took 25. The first step: 43 and 11 s where most kernels had been tuned before, four to six minutes where
+# none had; where all were, the capturing of three to five graphs is left, 2 s each.
+_LOAD_FITTED = (42.0, 20.0, 92.0)
+_FIRST_FITTED = {"sft": (250.0, 15.0, 350.0), "dpo": (60.0, 8.0, 250.0)}
 # A micro-batch, whether of 16 or of 32 rows: the GPU waits for launches, not for arithmetic. SFT: 0.61 s (1.22 a step
 # of two), 0.52 and 0.60 (32 rows at once), 0.83 in jobs of ours (1.66 a step). DPO: 1.18 (2.35 a step of two) and 1.3.
 _LAUNCH = {"sft": (0.72, 0.52, 0.83), "dpo": (1.24, 1.18, 1.30)}
@@ -136,10 +142,27 @@ def examples(report: dict[str, Any], made: SftRecipe | DpoRecipe) -> int:
     return (report["sft"]["unique"] if isinstance(made, SftRecipe) else report["dpo"]["used"]) - too_long
 
 
-def padded_tokens(counts: Counts, each: SftRecipe | DpoRecipe) -> float:
-    """Padded tokens of a micro-batch: its rows, each as long as the longest of them is to be expected."""
-    rows = each.per_device_batch_size * (2 if isinstance(each, DpoRecipe) else 1)
+def batches_a_step(each: SftRecipe | DpoRecipe) -> int:
+    """A fitted training is given whole steps."""
+    return 1 if each.fit else each.gradient_accumulation_steps
+
+
+def batches(each: SftRecipe | DpoRecipe, examples: int) -> int:
+    """Of the whole training."""
+    if each.fit:
+        return each.steps(examples)
+    return math.ceil(each.trained_on(examples) / each.per_device_batch_size) * each.num_train_epochs
+
+
+def batch_tokens(counts: Counts, each: SftRecipe | DpoRecipe) -> float:
+    """Tokens of a batch: of a whole step without padding where it is fitted, else its rows, each as long as the longest
+    of them is to be expected."""
+    pair = 2 if isinstance(each, DpoRecipe) else 1
     lengths, _ = counts.lengths(each.kind)
+    if each.fit:
+        mean = statistics.mean(min(_quantile(lengths, (i + 0.5) / 100), each.max_length) for i in range(100))
+        return each.effective_batch_size * pair * mean
+    rows = each.per_device_batch_size * pair
     return rows * min(_quantile(lengths, rows / (rows + 1)), each.max_length)
 
 
@@ -165,7 +188,7 @@ def micro_batch(
     without a data sheet here, and for a large base without a card."""
     if shape is None:
         return None
-    tokens = padded_tokens(counts, each)
+    tokens = batch_tokens(counts, each)
     dpo = isinstance(each, DpoRecipe)
     # DPO's reference goes forward once more.
     work = _FORWARD * (2 if dpo or each.gradient_checkpointing else 1) + _BACKWARD
@@ -211,12 +234,12 @@ def before_first_step(gpu: str, each: SftRecipe | DpoRecipe, shape: Shape | None
     if gpu not in SHEETS:
         return {}
     size = shape.parameters / NINE_B
-    value, low, high = _FIRST[each.kind]
+    value, low, high = (_FIRST_FITTED if each.fit else _FIRST)[each.kind]
     if compiled:
         value, high = low, value
     return {
         # No base loads at once: libraries are imported and the tokens counted first.
-        "load": _of([max(seconds * size, 5.0) for seconds in _LOAD], _H200),
+        "load": _of([max(seconds * size, 5.0) for seconds in (_LOAD_FITTED if each.fit else _LOAD)], _H200),
         "first step": Figure(value, min(low, value), high, _H200),
     }
 
@@ -237,7 +260,7 @@ def memory(
     trained = adapter * (WEIGHT + GRADIENT + MOMENTS[each.optim])
     if each.ema_decay:
         trained += adapter * WEIGHT
-    tokens = padded_tokens(counts, each)
+    tokens = batch_tokens(counts, each)
     # Relative to the 9B's 32 layers of width 4096.
     breadth = shape.layers * shape.width / (NINE_B_LAYERS * 4096)
     kept = tokens * (_KEPT_CHECKPOINTED if each.gradient_checkpointing else _KEPT) * breadth

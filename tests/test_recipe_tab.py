@@ -193,6 +193,7 @@ def test_the_estimate_follows_what_is_typed(home, dataset):
     assert "SFT: 177 optimiser steps." in page.html() and "H200 SXM" in page.html()
     page.type("sft-num_train_epochs", 2)
     assert "SFT: 118 optimiser steps." in page.html()
+    page.type("sft-fit", False)
     page.type("sft-gradient_checkpointing", False)
     page.type("sft-per_device_batch_size", 64)
     assert "It does not fit" in page.html()
