@@ -173,6 +173,9 @@ def plan(home: Home, draft: Draft) -> Plan:
                 remarks.append(f"{kind}: the dataset's tokens were not counted; the k0 corpus' lengths are assumed.")
     base = _base(made)
     shape = shapes.of(home, base) if base else None
+    here = machines(home)[0]
+    if shape and (advice := _precision(here, made, counts, shape)):
+        remarks.append(advice)
     if base and shape is None:
         remarks.append(f"Nothing is known of the base {base} before it is fetched: no time, memory or disk for it.")
     past = experience.samples(home)
@@ -183,6 +186,31 @@ def plan(home: Home, draft: Draft) -> Plan:
         tuple(_estimate(home, machine, made, counts, shape, past) for machine in machines(home)),
         tuple(remarks),
     )
+
+
+def _precision(here: Machine, made: Mapping[str, Recipe], counts: Counts, shape: Shape) -> str:
+    """Whether to load the base in 4 or in 16 bit on this machine, in a sentence with the reason; "" where the recipe
+    has it so, or nothing is known. unsloth's guide warns of larger quantisation errors than usual in Qwen3.5."""
+    sft = made.get("sft")
+    if not here.kind or here.gpu_memory is None or not isinstance(sft, SftRecipe):
+        return ""
+    wide = sft.model_copy(update={"load_in_4bit": False})
+    needed = _memory(here.kind, here.gpu_memory, dict(made) | {"sft": wide}, wide, counts, shape)
+    if needed is None:
+        return ""
+    room = here.gpu_memory / GIB
+    fits = needed.value <= room
+    if sft.load_in_4bit and fits:
+        return (
+            f"Load in 4 bit could be off: the 16-bit base needs about {needed.value:.0f} of the {here.kind}'s "
+            f"{room:.0f} GiB, trains as fast, and is not rounded (4 bits cost Qwen3.5 more than usual, it is said)."
+        )
+    if not sft.load_in_4bit and not fits:
+        return (
+            f"Turn load in 4 bit on: the 16-bit base needs about {needed.value:.0f} GiB, and the {here.kind} has "
+            f"{room:.0f}."
+        )
+    return ""
 
 
 def _base(made: Mapping[str, Recipe]) -> str | None:

@@ -200,6 +200,17 @@ def test_a_card_that_waits_for_arithmetic_is_slower_than_one_that_waits_for_laun
     assert slow.value > 1.5 * fast.value and "data sheet for A100 PCIe 80GB" in slow.basis
 
 
+def test_16_bit_is_advised_where_it_fits_and_4_where_it_does_not(home, monkeypatch):
+    monkeypatch.setattr(hardware, "here", lambda home=None: H200)
+    assert any("Load in 4 bit could be off" in remark for remark in estimate.plan(home, draft(home)).remarks)
+    assert not any("4 bit" in remark for remark in estimate.plan(home, draft(home, "k0-bf16")).remarks)
+    small = replace(H200, gpu="NVIDIA GeForce RTX 4090", gpu_memory=16 << 30)
+    monkeypatch.setattr(hardware, "here", lambda home=None: small)
+    assert not any("4 bit" in remark for remark in estimate.plan(home, draft(home)).remarks)
+    wide = estimate.plan(home, draft(home, "k0-bf16")).remarks
+    assert any("Turn load in 4 bit on" in remark and "RTX 4090" in remark for remark in wide)
+
+
 # ------------------------------------------------------------------------------------------------ nothing made up
 
 
