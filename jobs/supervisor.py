@@ -20,7 +20,7 @@ from jobs import autostop, queue, slot
 from jobs.queue import MARK
 from jobs.slot import Slot
 from jobs.worker import lower
-from katherine import runs
+from katherine import runs, scratch
 from katherine.errors import Busy
 from katherine.runs import Run, State
 from katherine.settings import Home, child_environment
@@ -231,6 +231,8 @@ class Supervision:
         except OSError:
             self._log.give_way()
             self._save()
+        # A killed worker cannot take its files with it, and what lies in memory is missed by everybody.
+        scratch.sweep()
         self._log.close()
         self._pipes.close()
         os.close(self._reading)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from jobs import pipeline, queue, slot, worker
 from jobs.supervisor import Log
-from katherine import runs
+from katherine import runs, scratch
 from katherine.errors import Busy, DataError, KatherineError, NotFound, RecipeError
 from katherine.progress import Quiet
 from katherine.runs import ENDED, Run, State
@@ -82,6 +83,18 @@ def in_another_process(code: str) -> subprocess.Popen:
     preamble = "from jobs import queue; from katherine.settings import home; queue.WORKER = 'practice'\n"
     command = [sys.executable, "-c", preamble + code]
     return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, start_new_session=True)
+
+
+def test_what_a_killed_run_left_in_memory_goes_with_its_end(home):
+    left = scratch.SHARED_MEMORY / f"katherine-scratch-{home.root.parent.name}-{os.getpid()}"
+    left.mkdir()
+    try:
+        run = under_way(ask(home, **LONG))
+        os.kill(run.status().pid, signal.SIGKILL)
+        assert ended(home, run).state is State.interrupted
+        until(lambda: not left.exists())
+    finally:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def test_a_run_goes_from_queued_to_succeeded_and_keeps_its_result(home):
@@ -536,3 +549,17 @@ def test_a_worker_killed_by_a_memory_limit_says_so(home):
     assert status.state is State.failed
     assert status.reason == "Killed in phase eat by the host's memory limit."
     assert "take a machine with more memory" in status.remedy
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"fit": False, "per_device_batch_size": 16}, "Start again with fit on"),
+        ({"fit": True, "per_device_batch_size": 16, "load_in_4bit": False}, "Start again with load_in_4bit on"),
+        ({"fit": True, "per_device_batch_size": 4, "max_length": 1024}, "max_length below 1024"),
+        ({"per_device_batch_size": 16, "gradient_accumulation_steps": 2}, "per_device_batch_size 8 (it was 16)"),
+    ],
+)
+def test_a_shortage_of_memory_is_answered_with_the_setting_that_would_fit(home, recipe, said):
+    run = runs.create(home, "sft", recipe=recipe, who="test")
+    assert said in worker.lower(run, "or take a larger GPU")
