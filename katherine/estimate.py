@@ -11,7 +11,7 @@ from katherine.checkpoints import KEEP
 from katherine.drafts import Draft
 from katherine.errors import KatherineError
 from katherine.experience import Sample
-from katherine.hardware import SHEETS
+from katherine.hardware import SHEETS, Hardware
 from katherine.prices import Price
 from katherine.recipe import DpoRecipe, ExportRecipe, ProbeRecipe, Recipe, SftRecipe
 from katherine.settings import Home
@@ -318,7 +318,7 @@ def _training(
     parts: dict[str, Figure] = {}
     missing = []
     batches = yardstick.batches(each, count)
-    batch = _batch(machine.kind, machine.cores, machine.gpu_memory, made, each, counts, shape)
+    batch = _batch(machine, made, each, counts, shape)
     learned = [s for s in alike if s.setup is not None and s.step is not None]
     if learned:
         parts["load and first step"] = _seen([(s.setup or 0.0, s) for s in learned], machine)
@@ -347,34 +347,34 @@ def _training(
     return Stage(each.kind, parts, tuple(missing), memory, len(learned))
 
 
-def _batch(
-    gpu: str,
-    cores: int | None,
-    memory: float | None,
-    made: Mapping[str, Recipe],
-    each: SftRecipe | DpoRecipe,
-    counts: Counts,
-    shape: Shape | None,
-) -> Figure | None:
-    """Seconds of one batch: of a whole step where the training is fitted to a card."""
-    sft = made.get("sft")
-    if gpu and each.fit and shape and memory and isinstance(sft, SftRecipe):
-        return fit.reckoned(gpu, memory, each, sft, counts, shape)[0]
-    return yardstick.micro_batch(gpu, cores, made, each, counts, shape)
-
-
-def _memory(
+def _fitted(
     gpu: str,
     card: float | None,
     made: Mapping[str, Recipe],
     each: SftRecipe | DpoRecipe,
     counts: Counts,
     shape: Shape | None,
-) -> Figure | None:
+) -> tuple[Figure | None, Figure] | None:
+    """Seconds of a step and GiB of a training that is fitted to a card of `card` bytes; None where it is not fitted."""
     sft = made.get("sft")
-    if gpu and each.fit and shape and card and isinstance(sft, SftRecipe):
-        return fit.reckoned(gpu, card, each, sft, counts, shape)[1]
-    return yardstick.memory(gpu, made, each, counts, shape)
+    if not (gpu and card and each.fit and shape and isinstance(sft, SftRecipe)):
+        return None
+    return fit.reckoned(gpu, card, each, sft, counts, shape)
+
+
+def _batch(machine: Machine | Hardware, made: Mapping[str, Recipe], each: SftRecipe | DpoRecipe, counts: Counts,
+           shape: Shape | None) -> Figure | None:  # fmt: skip
+    """Seconds of one batch: of a whole step where the training is fitted."""
+    gpu = machine.kind if isinstance(machine, Machine) else prices.kind(machine.gpu)
+    found = _fitted(gpu, machine.gpu_memory, made, each, counts, shape)
+    return found[0] if found else yardstick.micro_batch(gpu, machine.cores, made, each, counts, shape)
+
+
+def _memory(gpu: str, card: float | None, made: Mapping[str, Recipe], each: SftRecipe | DpoRecipe, counts: Counts,
+            shape: Shape | None) -> Figure | None:  # fmt: skip
+    """GiB at the most, while it trains."""
+    found = _fitted(gpu, card, made, each, counts, shape)
+    return found[1] if found else yardstick.memory(gpu, made, each, counts, shape)
 
 
 def _compiled(home: Home) -> bool:
@@ -415,15 +415,7 @@ def _ratio(home: Home, sample: Sample) -> float | None:
     sft = sample.recipes.get("sft")
     shape = shapes.of(home, sft.base) if isinstance(sft, SftRecipe) else None
     machine = sample.hardware
-    said = _batch(
-        prices.kind(machine.gpu),
-        machine.cores,
-        machine.gpu_memory,
-        sample.recipes,
-        made,
-        _sample_counts(home, sample),
-        shape,
-    )
+    said = _batch(machine, sample.recipes, made, _sample_counts(home, sample), shape)
     if said is None or sample.step is None:
         return None
     return sample.step / (said.value * yardstick.batches_a_step(made))
