@@ -121,8 +121,7 @@ class _LoraTraining(Recipe):
     )
     fit: bool = _field(
         True,
-        "Memory decides how many examples of a step are looked at together, and what is recomputed; padding goes. The "
-        "examples of a step, the steps and the loss stay. Off trains as written here, through unsloth on a GPU.",
+        "Memory decides what of a step is done at once; its examples and its loss stay. Off: as written, by unsloth.",
         MEASURED,
         title="Fit to this machine",
         first=True,
