@@ -26,9 +26,9 @@ from katherine.progress import Progress, Stopped
 from katherine.runs import Run
 from katherine.settings import Home
 
-# A third of the weight in the kernel's scheduler that a process of niceness 0 has (sched-nice-design: a factor of 1.25
-# a step): enough to yield, too little to starve behind something else that is busy.
-NICENESS = 5
+# A tenth of the weight in the kernel's scheduler that a process of niceness 0 has (sched-nice-design: a factor of 1.25
+# a step): with a third, a page that was opened while both of two cores trained waited up to half a second.
+NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
