@@ -39,13 +39,13 @@ POLL = 0.25
 COLUMNS = 3
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("gguf", nargs="?", type=Path, help="(default: the small base as its package carries it)")
     asked.add_argument("--base", default=bases.SMALL, help="whose template it has (default: %(default)s)")
     asked.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
     asked.add_argument("--json", action="store_true")
-    options = asked.parse_args()
+    options = asked.parse_args(argv)
     gguf = (options.gguf or bases.small_gguf()).resolve()
     with tempfile.TemporaryDirectory(prefix="katherine-bench-") as folder:
         home = Home(Path(folder))
@@ -55,6 +55,7 @@ def main() -> None:
         chosen = _export(home, gguf, options.base)
         report = _measure(home, chosen, gguf, options.rounds)
     print(json.dumps(report, indent=2)) if options.json else _print(report)
+    return 0
 
 
 def _export(home: Home, gguf: Path, base: str) -> list[Column]:

@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,13 @@ SWITCH = """async (name) => {
 }"""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--runs", type=int, default=500, help="past runs (default: %(default)s)")
     asked.add_argument("--steps", type=int, default=50_000, help="logged steps of the longest (default: %(default)s)")
     asked.add_argument("--seconds", type=float, default=60, help="of watching the plots (default: %(default)s)")
     asked.add_argument("--json", action="store_true")
-    options = asked.parse_args()
+    options = asked.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="katherine-bench-") as folder:
         home = Home(Path(folder))
         _borrow_cache(home)
@@ -74,6 +75,7 @@ def main() -> None:
         raise SystemExit(f"The training meant to keep the cores busy was {state.state}: {state.reason}")
     report = _report(before, during, memory, start, slow, len(past), options.steps, state)
     print(json.dumps(report, indent=2)) if options.json else _print(report)
+    return 0
 
 
 def _borrow_cache(home: Home) -> None:
@@ -277,4 +279,4 @@ def _print(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
