@@ -52,7 +52,7 @@ EVIL = '<img src=x onerror="window.ran=1"><script>window.ran=2</script>${window.
 def fill_with_evil(home: Home) -> None:
     """A dataset, runs, logs, manifests and answers whose every free word is EVIL."""
     source = home.root / "inbox" / '<img src=x onerror="window.ran=4">.jsonl'
-    source.parent.mkdir(parents=True)
+    source.parent.mkdir(parents=True, exist_ok=True)
     talk = {"messages": [{"role": "user", "content": EVIL}, {"role": "assistant", "content": EVIL}]}
     source.write_text(json.dumps(talk) + "\n" + json.dumps({EVIL: EVIL}) + "\n")
     template = ChatTemplate.load(bases.tokenizer(home, bases.SMALL))
