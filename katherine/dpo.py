@@ -5,7 +5,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from katherine import adapters, corpus, fit, gpu, model, settings, shapes, training
+from katherine import adapters, corpus, fit, gpu, model, settings, training
 from katherine.checkpoints import Checkpoints
 from katherine.examples import Conversation
 from katherine.fit import Fit
@@ -56,10 +56,7 @@ def train(dataset: Path, adapter: Path, recipe: DpoRecipe, out: Path, progress: 
     layout = None
     if fitted:
         units = [sum(len(ids) for ids, _ in unit(row)) for row in sequences.train]
-        shape = shapes.of(settings.home(), str(checkpoint))
-        layout = fit.choose(recipe, shape, card, units, lora, base.load_in_4bit)
-        for line in layout.lines:
-            progress.say(line)
+        layout = fit.lay_out(recipe, checkpoint, card, units, lora, base.load_in_4bit, progress)
     loaded = model.load(
         checkpoint,
         lora,
@@ -108,7 +105,7 @@ def trainer(
 
         collator, parents = steps.collate(unit), (steps.PackedDpo, *parents)
     with training.exact(loaded):
-        made = type("Trainer", parents, {"fit": layout, "_prepare_dataset": lambda self, dataset, *_: dataset})(
+        return type("Trainer", parents, {"fit": layout, "_prepare_dataset": lambda self, dataset, *_: dataset})(
             model=loaded,
             args=DPOConfig(
                 **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress, layout is not None),
@@ -121,4 +118,3 @@ def trainer(
             data_collator=collator,
             processing_class=tokenizer,
         )
-    return made

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from katherine import disk, experience, export, fit, gguf, hardware, prices, shapes, shelf, units, yardstick
+from katherine import disk, experience, export, gguf, hardware, prices, shapes, shelf, units, yardstick
 from katherine.checkpoints import KEEP
 from katherine.drafts import Draft
 from katherine.errors import KatherineError
 from katherine.experience import Sample
-from katherine.hardware import SHEETS, Hardware
+from katherine.hardware import SHEETS
 from katherine.prices import Price
 from katherine.recipe import DpoRecipe, ExportRecipe, ProbeRecipe, Recipe, SftRecipe
 from katherine.settings import Home
@@ -195,7 +195,7 @@ def _precision(here: Machine, made: Mapping[str, Recipe], counts: Counts, shape:
     if not here.kind or here.gpu_memory is None or not isinstance(sft, SftRecipe):
         return ""
     wide = sft.model_copy(update={"load_in_4bit": False})
-    needed = _memory(here.kind, here.gpu_memory, dict(made) | {"sft": wide}, wide, counts, shape)
+    needed = yardstick.memory(here.kind, here.gpu_memory, dict(made) | {"sft": wide}, wide, counts, shape)
     if needed is None:
         return ""
     room = here.gpu_memory / GIB
@@ -318,7 +318,7 @@ def _training(
     parts: dict[str, Figure] = {}
     missing = []
     batches = yardstick.batches(each, count)
-    batch = _batch(machine, made, each, counts, shape)
+    batch = yardstick.batch(machine.kind, machine.cores, machine.gpu_memory, made, each, counts, shape)
     learned = [s for s in alike if s.setup is not None and s.step is not None]
     if learned:
         parts["load and first step"] = _seen([(s.setup or 0.0, s) for s in learned], machine)
@@ -345,36 +345,6 @@ def _training(
     if learned:
         parts["save"] = _seen([(s.after, s) for s in learned], machine)
     return Stage(each.kind, parts, tuple(missing), memory, len(learned))
-
-
-def _fitted(
-    gpu: str,
-    card: float | None,
-    made: Mapping[str, Recipe],
-    each: SftRecipe | DpoRecipe,
-    counts: Counts,
-    shape: Shape | None,
-) -> tuple[Figure | None, Figure] | None:
-    """Seconds of a step and GiB of a training that is fitted to a card of `card` bytes; None where it is not fitted."""
-    sft = made.get("sft")
-    if not (gpu and card and each.fit and shape and isinstance(sft, SftRecipe)):
-        return None
-    return fit.reckoned(gpu, card, each, sft, counts, shape)
-
-
-def _batch(machine: Machine | Hardware, made: Mapping[str, Recipe], each: SftRecipe | DpoRecipe, counts: Counts,
-           shape: Shape | None) -> Figure | None:  # fmt: skip
-    """Seconds of one batch: of a whole step where the training is fitted."""
-    gpu = machine.kind if isinstance(machine, Machine) else prices.kind(machine.gpu)
-    found = _fitted(gpu, machine.gpu_memory, made, each, counts, shape)
-    return found[0] if found else yardstick.micro_batch(gpu, machine.cores, made, each, counts, shape)
-
-
-def _memory(gpu: str, card: float | None, made: Mapping[str, Recipe], each: SftRecipe | DpoRecipe, counts: Counts,
-            shape: Shape | None) -> Figure | None:  # fmt: skip
-    """GiB at the most, while it trains."""
-    found = _fitted(gpu, card, made, each, counts, shape)
-    return found[1] if found else yardstick.memory(gpu, made, each, counts, shape)
 
 
 def _compiled(home: Home) -> bool:
@@ -415,7 +385,8 @@ def _ratio(home: Home, sample: Sample) -> float | None:
     sft = sample.recipes.get("sft")
     shape = shapes.of(home, sft.base) if isinstance(sft, SftRecipe) else None
     machine = sample.hardware
-    said = _batch(machine, sample.recipes, made, _sample_counts(home, sample), shape)
+    gpu, counts = prices.kind(machine.gpu), _sample_counts(home, sample)
+    said = yardstick.batch(gpu, machine.cores, machine.gpu_memory, sample.recipes, made, counts, shape)
     if said is None or sample.step is None:
         return None
     return sample.step / (said.value * yardstick.batches_a_step(made))
@@ -436,11 +407,11 @@ def _learned_memory(
     alike: Sequence[Sample],
 ) -> Figure | None:
     """What is added up, corrected by what such runs needed beyond it."""
-    added = _memory(machine.kind, machine.gpu_memory, made, each, counts, shape)
+    added = yardstick.memory(machine.kind, machine.gpu_memory, made, each, counts, shape)
     beyond = []
     for sample in alike:
         card, before = sample.hardware.gpu_memory, _sample_counts(home, sample)
-        said = _memory(machine.kind, card, sample.recipes, _trained(sample), before, shape)
+        said = yardstick.memory(machine.kind, card, sample.recipes, _trained(sample), before, shape)
         if said is not None and sample.memory is not None:
             beyond.append((sample.memory - said.value, sample))
     if added is None or not beyond:
@@ -531,11 +502,11 @@ def _disk(home: Home, made: Mapping[str, Recipe], shape: Shape) -> Disk:
     for kind, each in made.items():
         if isinstance(each, SftRecipe | DpoRecipe):
             checkpoint = adapter * (
-                yardstick.WEIGHT + yardstick.MOMENTS[each.optim] + (yardstick.WEIGHT if each.ema_decay else 0)
+                shapes.WEIGHT + shapes.MOMENTS[each.optim] + (shapes.WEIGHT if each.ema_decay else 0)
             )
             # One more than are kept, while it is written.
             held = max(KEEP, each.average_checkpoints) + 1
-            parts.append((f"{kind.upper()} checkpoints and adapter", checkpoint * held + adapter * yardstick.WEIGHT))
+            parts.append((f"{kind.upper()} checkpoints and adapter", checkpoint * held + adapter * shapes.WEIGHT))
     kept = sum(size for _, size in parts)
     fullest = 0
     exported = made.get("export")

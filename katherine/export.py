@@ -154,7 +154,7 @@ def _quantise_and_check(
         with parts.part(f"quantise {quant}") as part:
             gguf.quantise(unquantised, path, quant, part)
         # While others are at work; alone it would be seconds a file.
-        return path, digest(path, part.stop_requested)
+        return path, sha256(path, part.stop_requested)
 
     def check(path: Path, quant: str, architecture: str | None = None) -> acceptance.Examined:
         with parts.part(f"check {quant}") as part:
@@ -168,7 +168,7 @@ def _quantise_and_check(
     failed: dict[str, ExportError] = {}
     # One more than quants, for the unquantised file's sum.
     with ThreadPoolExecutor(1 + gguf.at_once(len(quants))) as pool:
-        whole = pool.submit(digest, unquantised, parts.stop_requested)
+        whole = pool.submit(sha256, unquantised, parts.stop_requested)
         made = {pool.submit(make, quant): quant for quant in quants}
         try:
             if not on_gpu:
@@ -324,13 +324,8 @@ def require_room(out: Path, needed: int, what: str) -> None:
 # ---------------------------------------------------------------------- sameness
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(path: Path, stop_requested: Callable[[], bool]) -> str:
-    """A file's sha256, in a thread that can be stopped: 18 GB take half a minute. Raises Stopped."""
+def sha256(path: Path, stop_requested: Callable[[], bool] = lambda: False) -> str:
+    """A file's, which can be stopped: 18 GB take half a minute. Raises Stopped."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

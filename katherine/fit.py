@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from katherine import yardstick
+from katherine import shapes
 from katherine.adapters import Lora
 from katherine.gpu import GpuReading
-from katherine.hardware import SHEETS
 from katherine.progress import Progress
 from katherine.recipe import DpoRecipe, SftRecipe
+from katherine.settings import home
 from katherine.shapes import Shape
-from katherine.yardstick import Counts, Figure
 
 # transformers' classes whose packed reading is proven equal to their own, by tests.
 PACKED = ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
@@ -32,13 +31,6 @@ HEAD_BYTES = 12
 CAPTURE_FACTOR = 2.1
 # What CUDA itself, the allocator's rounding and the vision tower (0.9 GiB) take.
 BESIDE = 2.0 * 2**30
-_MEASURED = "measured on one H200 at the 9B's shape"
-# Share of the data sheet's FLOP/s that captured steps reached: 0.324 s in 16 bit at 3,684 tokens, 41%; 0.341 in 4 bit;
-# 33% in a job whose steps of 2,441 tokens were rounded up to 2,560 and 3,072.
-_REACHED = (0.39, 0.45, 0.28)
-# Seconds that the processor takes to launch a batch's kernels: by replaying; one by one (0.41 in 16 bit, 0.61 in 4);
-# one by one and again (0.95 to 1.2). What DPO makes of pairs is half as much again.
-_LAUNCHES = {"captured": (0.12, 0.08, 0.25), "kept": (0.55, 0.41, 0.8), "recomputed": (1.05, 0.9, 1.5)}
 # Fewer tokens than this at once leave a large GPU idle between kernels; with fewer, recomputing is the better way out.
 ENOUGH = 2048
 LEAST = 256
@@ -56,6 +48,10 @@ class Multiples:
     rows: int = 1
     width: int = 1
     chunks: int = 1
+
+
+# Without graphs a new size costs nothing but what is rounded up.
+_LOOSE = Multiples(tokens=64, width=64, chunks=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +96,22 @@ def obstacle(config: Mapping[str, Any], card: GpuReading | None) -> str:
     return ""
 
 
+def lay_out(
+    recipe: SftRecipe | DpoRecipe,
+    checkpoint: Path,
+    card: GpuReading | None,
+    units: Sequence[int],
+    lora: Lora,
+    four_bit: bool,
+    progress: Progress,
+) -> Fit:
+    """As choose, for the base in `checkpoint`, and said."""
+    found = choose(recipe, shapes.of(home(), str(checkpoint)), card, units, lora, four_bit)
+    for line in found.lines:
+        progress.say(line)
+    return found
+
+
 def choose(
     recipe: SftRecipe | DpoRecipe,
     shape: Shape | None,
@@ -122,16 +134,16 @@ def choose(
             Multiples(),
             (f"Laid out for this machine: up to {max(CPU_TOKENS, longest):,} tokens at once, without padding.",),
         )
-    logits = _logits(card.memory_total)
+    logits = head_logits(card.memory_total)
     free = card.memory_total - (card.memory_used or 0)
     room = free - BESIDE - static_bytes(recipe, shape, lora, four_bit) - logits * HEAD_BYTES
-    tokens, recomputed, captured = _layout(room, shape, whole, longest)
+    tokens, recomputed, captured = layout(room, shape, whole, longest)
     coarse = 512 if whole >= 2048 else 128
-    multiples = Multiples(coarse, rows, 64, 32) if captured else Multiples(width=64, chunks=8, tokens=64)
+    multiples = Multiples(coarse, rows, 64, 32) if captured else _LOOSE
     return _told(Fit(tokens, recomputed, captured, logits, multiples), recipe, shape, card, whole)
 
 
-def _layout(room: float, shape: Shape, whole: int, longest: int) -> tuple[int, int, bool]:
+def layout(room: float, shape: Shape, whole: int, longest: int) -> tuple[int, int, bool]:
     """(tokens, recomputed, captured) for that many bytes: everything at once and kept, if possible captured; else
     fewer tokens at once, as long as there are enough of them; else the same with layers recomputed."""
     layer = layer_bytes(shape)
@@ -171,16 +183,16 @@ def layer_bytes(shape: Shape) -> float:
 def static_bytes(recipe: SftRecipe | DpoRecipe, shape: Shape, lora: Lora, four_bit: bool) -> float:
     """Weights, adapter, gradients and optimiser, whatever the batch."""
     linear = shape.parameters - shape.embeddings
-    weights = shape.embeddings * 2 + linear * (yardstick.NF4_BYTES if four_bit else 2)
+    weights = shape.embeddings * 2 + linear * (shapes.NF4_BYTES if four_bit else 2)
     # NF4 is widened for each product, one weight at a time.
     weights += max(each.inputs * each.outputs for each in shape.linears.values()) * 2 if four_bit else 0
-    each = yardstick.WEIGHT + yardstick.GRADIENT * 2 + yardstick.MOMENTS[recipe.optim]
+    each = shapes.WEIGHT + shapes.GRADIENT * 2 + shapes.MOMENTS[recipe.optim]
     # DPO's reference, and the policy's weights while the reference is asked.
-    each += yardstick.WEIGHT * (2 * isinstance(recipe, DpoRecipe) + bool(recipe.ema_decay))
+    each += shapes.WEIGHT * (2 * isinstance(recipe, DpoRecipe) + bool(recipe.ema_decay))
     return weights + shape.adapter(lora.r, lora.target_modules) * each
 
 
-def _logits(memory: int) -> int:
+def head_logits(memory: int) -> int:
     """Numbers of the head to hold at a time: more are a little faster."""
     gib = memory / 2**30
     return 1 << (28 if gib > 60 else 27 if gib > 30 else 26 if gib > 20 else 25)
@@ -198,49 +210,12 @@ def step_tokens(units: Sequence[int], batch: int) -> int:
 def tighter(fit: Fit, layers: int) -> Fit | None:
     """The next smaller layout, for when memory ran out after all; None where there is none."""
     if fit.captured:
-        return replace(fit, captured=False, multiples=Multiples(tokens=64, width=64, chunks=8))
+        return replace(fit, captured=False, multiples=_LOOSE)
     if fit.recomputed < layers:
         return replace(fit, recomputed=layers)
     if fit.tokens > LEAST:
         return replace(fit, tokens=max(LEAST, fit.tokens // 2), logits=max(1 << 24, fit.logits // 2))
     return None
-
-
-def reckoned(
-    gpu: str, memory: float, each: SftRecipe | DpoRecipe, sft: SftRecipe, counts: Counts, shape: Shape
-) -> tuple[Figure | None, Figure]:
-    """Seconds of a step on a kind of GPU, and its GiB at the most, before anything is loaded. memory: the card's, in
-    bytes. The seconds are None for a card without a data sheet here."""
-    lora = Lora(sft.lora_r, sft.lora_alpha, sft.lora_dropout, sft.target_modules)
-    dpo = isinstance(each, DpoRecipe)
-    whole = yardstick.batch_tokens(counts, each)
-    longest = min(counts.lengths(each.kind)[0]["max"], each.max_length) * (1 + dpo)
-    fixed = static_bytes(each, shape, lora, sft.load_in_4bit) + _logits(int(memory)) * HEAD_BYTES
-    tokens, recomputed, captured = _layout(memory - BESIDE - fixed, shape, math.ceil(whole), longest)
-    once = min(tokens, whole)
-    kept = once * layer_bytes(shape) * (shape.layers - recomputed + bool(recomputed))
-    kept += once * 2 * shape.width * recomputed
-    gib = (fixed + kept) / 2**30
-    # What is reserved in pieces counts as used to whoever looks from outside.
-    most = gib * (CAPTURE_FACTOR if captured else 1.2) + 1
-    # Short of it, the allocator gives back what lies idle, and the layout shrinks: it is laid out by this very memory.
-    most = min(most, max(memory / 2**30, gib))
-    said = f"weights, adapter, optimiser and head {fixed / 2**30:.1f}, batch {kept / 2**30:.1f} GiB; {_MEASURED}"
-    takes = Figure(gib, gib * 0.85, most, said)
-    sheet = SHEETS.get(gpu)
-    if sheet is None:
-        return None, takes
-    # DPO's reference goes forward once more.
-    work = 2 * (1 + dpo) + 2 + 2 * recomputed / shape.layers
-    traffic = shape.parameters * ((yardstick.NF4_BYTES + 4) if sft.load_in_4bit else 2) * (work / 2) / sheet.bandwidth
-    parts = math.ceil(whole / tokens)
-    launches = _LAUNCHES["captured" if captured else "recomputed" if recomputed else "kept"]
-    layers = shape.layers / yardstick.NINE_B_LAYERS * (1 + dpo / 2) * parts
-    arithmetic = [work * shape.parameters * whole / (sheet.peak * reached) + traffic * parts for reached in _REACHED]
-    seconds = [max(a, b * layers) for a, b in zip(arithmetic, launches, strict=True)]
-    basis = _MEASURED if gpu == "H200 SXM" else f"{_MEASURED}, and NVIDIA's data sheet for {gpu}"
-    value, low, high = seconds
-    return Figure(value, low, high, basis), takes
 
 
 def _told(fit: Fit, recipe: SftRecipe | DpoRecipe, shape: Shape, card: GpuReading, whole: int) -> Fit:

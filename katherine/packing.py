@@ -53,15 +53,12 @@ class Batch:
         """What a captured graph's sizes depend on."""
         return len(self.ids), self.rows, self.width, len(self.chunks)
 
-    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
-        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "Batch":
-        return self._each(lambda value: value.pin_memory())
-
-    def _each(self, change: Any) -> "Batch":
-        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-        return replace(self, **{name: change(value) for name, value in tensors.items()})
+    def to(self, device: Any) -> "Batch":
+        kept = ((field.name, getattr(self, field.name)) for field in fields(self))
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in kept if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
 AS_THEY_ARE = Multiples()

@@ -4,7 +4,7 @@ template's, checkpoints and metrics are training's."""
 from pathlib import Path
 from typing import Any
 
-from katherine import adapters, bases, corpus, fit, gpu, model, settings, shapes, targets, training
+from katherine import adapters, bases, corpus, fit, gpu, model, settings, targets, training
 from katherine.checkpoints import Checkpoints
 from katherine.fit import Fit
 from katherine.progress import Progress
@@ -46,10 +46,7 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
     layout = None
     if fitted:
         units = [len(row["input_ids"]) for row in sequences.train]
-        shape = shapes.of(settings.home(), str(checkpoint))
-        layout = fit.choose(recipe, shape, card, units, lora, recipe.load_in_4bit)
-        for line in layout.lines:
-            progress.say(line)
+        layout = fit.lay_out(recipe, checkpoint, card, units, lora, recipe.load_in_4bit, progress)
     loaded = model.load(
         checkpoint,
         lora,
@@ -90,7 +87,7 @@ def trainer(
 
         collator, parents = steps.collate(unit), (steps.PackedSft, *parents)
     with training.exact(loaded):
-        made = type("Trainer", parents, {"fit": layout})(
+        return type("Trainer", parents, {"fit": layout})(
             model=loaded,
             args=SFTConfig(
                 **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress, layout is not None),
@@ -104,4 +101,3 @@ def trainer(
             data_collator=collator,
             processing_class=tokenizer,
         )
-    return made

@@ -39,6 +39,10 @@ _SMALL = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+# bitsandbytes' NF4: 4 bits a weight, and a 32-bit scale for each block of 64.
+NF4_BYTES = 0.5 + 4 / 64
+# Adapter weights are float32 and so are their gradients; adamw keeps two moments, of one byte each in 8 bit.
+WEIGHT, GRADIENT, MOMENTS = 4, 4, {"adamw_8bit": 2, "adamw_torch": 8}
 KNOWN: dict[str, dict[str, Any]] = {"Qwen/Qwen3.5-9B": _QWEN35_9B, bases.SMALL: _SMALL}
 
 

@@ -74,7 +74,7 @@ def lay_out(units: Sequence[Unit], fit: Fit, device: Any) -> Step:
     )
     scored = sum(len(batch.scored) for batch in batches)
     tokens = sum(batch.tokens for batch in batches)
-    return Step(tuple(batch.to(device, non_blocking=True) for batch in batches), len(units), scored, tokens)
+    return Step(tuple(batch.to(device) for batch in batches), len(units), scored, tokens)
 
 
 # ------------------------------------------------------------------------------------------------ the trainers
@@ -100,12 +100,15 @@ class Packed(_Trainer):
 
     def logprobs(self, model: Any, batch: Batch) -> torch.Tensor:
         """Of the batch's learned tokens, float32, (scored,)."""
-        bare = self.accelerator.unwrap_model(model).get_base_model()
+        bare = self._bare(model)
         if self.fit.captured and torch.is_grad_enabled():
             hidden = self._replayed(model, bare)(batch)
         else:
             hidden = packed_model.hidden_states(bare, batch)
         return token_logprobs(hidden[batch.scored], bare.lm_head.weight, batch.labels, self.fit.logits)
+
+    def _bare(self, model: Any) -> Any:
+        return self.accelerator.unwrap_model(model).get_base_model()
 
     def _replayed(self, model: Any, bare: Any) -> Any:
         if self._replay is None:
@@ -118,16 +121,18 @@ class Packed(_Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         model.train()
         units: Units = inputs["units"]
-        while True:
+        loss = None
+        while loss is None:
+            smaller = None
+            whole = lay_out(units.each, self.fit, self.args.device)
             try:
-                whole = lay_out(units.each, self.fit, self.args.device)
                 loss = self._attempt(model, whole)
-                break
             except torch.OutOfMemoryError:
-                layers = len(packed_model.backbone(self.accelerator.unwrap_model(model).get_base_model()).layers)
-                smaller = fits.tighter(self.fit, layers)
+                smaller = fits.tighter(self.fit, len(packed_model.backbone(self._bare(model)).layers))
                 if smaller is None:
                     raise
+            # Not while the error is handled: it holds the frames that hold the memory.
+            if smaller:
                 self._shrink(model, smaller)
         self.count(whole.tokens)
         self.done("train", whole)
@@ -151,7 +156,7 @@ class Packed(_Trainer):
         model.zero_grad(set_to_none=True)
         self.forget()
         self.fit = smaller
-        packed_model.recompute(self.accelerator.unwrap_model(model).get_base_model(), smaller.recomputed)
+        packed_model.recompute(self._bare(model), smaller.recomputed)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from katherine import fit
+from katherine.adapters import Lora
 from katherine.hardware import SHEETS
 from katherine.recipe import DpoRecipe, ExportRecipe, Recipe, SftRecipe
-from katherine.shapes import Shape
+from katherine.shapes import GRADIENT, MOMENTS, NF4_BYTES, WEIGHT, Shape
 
 GIB = 2**30
 
@@ -64,6 +66,12 @@ _CHECKED_ON_CARD = 0.1
 # Tokens of a usual reply in the recipe's corpus, and of an example as a whole.
 _REPLY, _EXAMPLE = 40, 100
 
+# Share of the data sheet's FLOP/s that captured steps reached: 0.324 s in 16 bit at 3,684 tokens, 41%; 0.341 in 4 bit;
+# 33% in a job whose steps of 2,441 tokens were rounded up to 2,560 and 3,072.
+_REACHED_FITTED = (0.39, 0.45, 0.28)
+# Seconds that the processor takes to launch a batch's kernels: by replaying; one by one (0.41 in 16 bit, 0.61 in 4);
+# one by one and again (0.95 to 1.2). What DPO makes of pairs is half as much again.
+_LAUNCH_FITTED = {"captured": (0.12, 0.08, 0.25), "kept": (0.55, 0.41, 0.8), "recomputed": (1.05, 0.9, 1.5)}
 # GiB of a micro-batch's activations by padded token: what 16 rows more cost (10.2 - 9.6 to 10.6 - 9.6 GiB, 3,200
 # tokens), and without checkpointing 57.5 - 9.6 GiB at 16 rows, 107.9 - 10.6 at 32.
 _KEPT_CHECKPOINTED = 0.25 / 1024
@@ -71,11 +79,6 @@ _KEPT = 15.0 / 1024
 # The allocator reserves that much beyond what the parts add up to (9.6 GiB measured, 9.3 added up; 10.8 in our jobs).
 _RESERVED = 0.6
 _MEMORY_RANGE = 0.15
-# bitsandbytes' NF4: 4 bits a weight, and a 32-bit scale for each block of 64.
-NF4_BYTES = 0.5 + 4 / 64
-# Adapter weights are float32 and so are their gradients; adamw keeps two moments, of one byte each in 8 bit.
-WEIGHT, GRADIENT, MOMENTS = 4, 4, {"adamw_8bit": 2, "adamw_torch": 8}
-
 # The demo on two cores: SmolLM2-135M, the sample persona.
 _DEMO = "measured on two cores with the small base"
 SMALL = 134_479_872
@@ -176,18 +179,23 @@ def _quantile(lengths: Mapping[str, Any], share: float) -> float:
     return lengths["max"]
 
 
-def micro_batch(
+def batch(
     gpu: str,
     cores: int | None,
+    card: float | None,
     made: Mapping[str, Recipe],
     each: SftRecipe | DpoRecipe,
     counts: Counts,
     shape: Shape | None,
 ) -> Figure | None:
-    """Seconds of one micro-batch, by measured launches and the arithmetic it cannot be faster than; None for a card
-    without a data sheet here, and for a large base without a card."""
+    """Seconds of one batch, by measured launches and the arithmetic it cannot be faster than; None for a card without a
+    data sheet here, and for a large base without a card. card: its memory in bytes, which a fitted training is laid out
+    by."""
     if shape is None:
         return None
+    sft = made.get("sft")
+    if gpu and card and each.fit and isinstance(sft, SftRecipe):
+        return _fitted(gpu, card, each, sft, counts, shape)[0]
     tokens = batch_tokens(counts, each)
     dpo = isinstance(each, DpoRecipe)
     # DPO's reference goes forward once more.
@@ -206,7 +214,6 @@ def micro_batch(
     launch = _LAUNCH[each.kind] if each.gradient_checkpointing or dpo else _LAUNCH_UNCHECKED
     layers = shape.layers / NINE_B_LAYERS
     # Every pass reads all weights; in 4 bit they are also written out in 16, and read again.
-    sft = made.get("sft")
     four_bit = isinstance(sft, SftRecipe) and sft.load_in_4bit
     traffic = shape.parameters * ((NF4_BYTES + 4) if four_bit else 2) * (work / 2) / sheet.bandwidth
     arithmetic = [flops / (sheet.peak * reached) + traffic for reached in _REACHED]
@@ -244,15 +251,61 @@ def before_first_step(gpu: str, each: SftRecipe | DpoRecipe, shape: Shape | None
     }
 
 
+def _fitted(
+    gpu: str, memory: float, each: SftRecipe | DpoRecipe, sft: SftRecipe, counts: Counts, shape: Shape
+) -> tuple[Figure | None, Figure]:
+    """Seconds of a step that is fitted to a kind of GPU, and its GiB at the most. memory: the card's, in bytes. The
+    seconds are None for a card without a data sheet here."""
+    lora = Lora(sft.lora_r, sft.lora_alpha, sft.lora_dropout, sft.target_modules)
+    dpo = isinstance(each, DpoRecipe)
+    whole = batch_tokens(counts, each)
+    longest = min(counts.lengths(each.kind)[0]["max"], each.max_length) * (1 + dpo)
+    fixed = fit.static_bytes(each, shape, lora, sft.load_in_4bit) + fit.head_logits(int(memory)) * fit.HEAD_BYTES
+    tokens, recomputed, captured = fit.layout(memory - fit.BESIDE - fixed, shape, math.ceil(whole), longest)
+    once = min(tokens, whole)
+    kept = once * fit.layer_bytes(shape) * (shape.layers - recomputed + bool(recomputed))
+    kept += once * 2 * shape.width * recomputed
+    gib = (fixed + kept) / 2**30
+    # What is reserved in pieces counts as used to whoever looks from outside.
+    most = gib * (fit.CAPTURE_FACTOR if captured else 1.2) + 1
+    # Short of it, the allocator gives back what lies idle, and the layout shrinks: it is laid out by this very memory.
+    most = min(most, max(memory / 2**30, gib))
+    said = f"weights, adapter, optimiser and head {fixed / 2**30:.1f}, batch {kept / 2**30:.1f} GiB; {_H200}"
+    takes = Figure(gib, gib * 0.85, most, said)
+    sheet = SHEETS.get(gpu)
+    if sheet is None:
+        return None, takes
+    # DPO's reference goes forward once more.
+    work = 2 * (1 + dpo) + 2 + 2 * recomputed / shape.layers
+    traffic = shape.parameters * ((NF4_BYTES + 4) if sft.load_in_4bit else 2) * (work / 2) / sheet.bandwidth
+    parts = math.ceil(whole / tokens)
+    launches = _LAUNCH_FITTED["captured" if captured else "recomputed" if recomputed else "kept"]
+    layers = shape.layers / NINE_B_LAYERS * (1 + dpo / 2) * parts
+    arithmetic = [
+        work * shape.parameters * whole / (sheet.peak * reached) + traffic * parts for reached in _REACHED_FITTED
+    ]
+    seconds = [max(a, b * layers) for a, b in zip(arithmetic, launches, strict=True)]
+    basis = _H200 if gpu == "H200 SXM" else f"{_H200}, and NVIDIA's data sheet for {gpu}"
+    value, low, high = seconds
+    return Figure(value, low, high, basis), takes
+
+
 def memory(
-    gpu: str, made: Mapping[str, Recipe], each: SftRecipe | DpoRecipe, counts: Counts, shape: Shape | None
+    gpu: str,
+    card: float | None,
+    made: Mapping[str, Recipe],
+    each: SftRecipe | DpoRecipe,
+    counts: Counts,
+    shape: Shape | None,
 ) -> Figure | None:
-    """GiB on the GPU, part by part; without one, the process' on the small base."""
+    """GiB on the GPU, part by part; without one, the process' on the small base. card: as for batch."""
     sft = made.get("sft")
     if shape is None or not isinstance(sft, SftRecipe):
         return None
     if not gpu:
         return _of(_CPU_MEMORY, _DEMO) if shape.parameters <= CPU_LARGEST else None
+    if card and each.fit:
+        return _fitted(gpu, card, each, sft, counts, shape)[1]
     dpo = isinstance(each, DpoRecipe)
     linear = shape.parameters - shape.embeddings
     weights = shape.embeddings * 2 + linear * (NF4_BYTES if sft.load_in_4bit else 2)

@@ -304,7 +304,7 @@ def test_a_run_with_other_batches_teaches_too(home):
 
 def yardstick_step(home: Home) -> float:
     made = {"sft": recipe.preset("k0", recipe.SftRecipe, {"fit": False})}
-    micro = yardstick.micro_batch("H200 SXM", 16, made, made["sft"], yardstick.Counts(estimate.counted(home, "k0")),
+    micro = yardstick.batch("H200 SXM", 16, 141e9, made, made["sft"], yardstick.Counts(estimate.counted(home, "k0")),
                                   shapes.of(home, "Qwen/Qwen3.5-9B"))  # fmt: skip
     return micro.value * 2
 
