@@ -104,9 +104,10 @@ def lay_out(
     lora: Lora,
     four_bit: bool,
     progress: Progress,
+    processes: int = 1,
 ) -> Fit:
     """As choose, for the base in `checkpoint`, and said."""
-    found = choose(recipe, shapes.of(home(), str(checkpoint)), card, units, lora, four_bit)
+    found = choose(recipe, shapes.of(home(), str(checkpoint)), card, units, lora, four_bit, processes)
     for line in found.lines:
         progress.say(line)
     return found
@@ -119,11 +120,16 @@ def choose(
     units: Sequence[int],
     lora: Lora,
     four_bit: bool,
+    processes: int = 1,
 ) -> Fit:
-    """units: tokens of each example, or of both rows of each pair. card: the GPU, None without one."""
-    whole = step_tokens(units, recipe.effective_batch_size)
+    """units: tokens of each example, or of both rows of each pair. card: the GPU, None without one. processes: those
+    that share each step, with a card of this kind each."""
     longest = max(units)
+    whole = step_tokens(units, recipe.effective_batch_size)
     rows = recipe.effective_batch_size * (2 if isinstance(recipe, DpoRecipe) else 1)
+    if processes > 1:
+        # Shares differ by one unit at the most, in tokens; in rows they may differ by more.
+        whole, rows = min(whole, math.ceil(whole / processes) + longest), 8
     if card is None or shape is None or card.memory_total is None:
         layers = shape.layers if shape else 0
         return Fit(
@@ -132,7 +138,10 @@ def choose(
             False,
             1 << 26,
             Multiples(),
-            (f"Laid out for this machine: up to {max(CPU_TOKENS, longest):,} tokens at once, without padding.",),
+            (
+                f"Laid out for this machine: up to {max(CPU_TOKENS, longest):,} tokens at once, without padding"
+                f"{f', in each of {processes} processes' if processes > 1 else ''}.",
+            ),
         )
     logits = head_logits(card.memory_total)
     free = card.memory_total - (card.memory_used or 0)
@@ -140,7 +149,8 @@ def choose(
     tokens, recomputed, captured = layout(room, shape, whole, longest)
     coarse = 512 if whole >= 2048 else 128
     multiples = Multiples(coarse, rows, 64, 32) if captured else _LOOSE
-    return _told(Fit(tokens, recomputed, captured, logits, multiples), recipe, shape, card, whole)
+    found = Fit(tokens, recomputed, captured, logits, multiples)
+    return replace(found, lines=_told(found, recipe, shape, card, whole, processes))
 
 
 def layout(room: float, shape: Shape, whole: int, longest: int) -> tuple[int, int, bool]:
@@ -218,15 +228,17 @@ def tighter(fit: Fit, layers: int) -> Fit | None:
     return None
 
 
-def _told(fit: Fit, recipe: SftRecipe | DpoRecipe, shape: Shape, card: GpuReading, whole: int) -> Fit:
-    what = "pairs" if isinstance(recipe, DpoRecipe) else "examples"
+def _told(
+    fit: Fit, recipe: SftRecipe | DpoRecipe, shape: Shape, card: GpuReading, whole: int, processes: int
+) -> tuple[str, ...]:
+    examples = f"the {recipe.effective_batch_size} {'pairs' if isinstance(recipe, DpoRecipe) else 'examples'}"
+    shared = f", which {processes} GPUs share," if processes > 1 else ""
     count = math.ceil(whole / fit.tokens)
-    once = f"the {recipe.effective_batch_size} {what} of a step at once" if count == 1 else f"a step in {count} parts"
+    once = f"{examples} of a step{shared} at once" if count == 1 else f"a step{shared} in {count} parts"
     kept = "nothing recomputed" if not fit.recomputed else f"{fit.recomputed} of {shape.layers} layers recomputed"
     captured = ", captured as CUDA graphs" if fit.captured else ""
-    lines = (
+    return (
         f"Fitted to the {card.name}: {once}, up to {fit.tokens:,} tokens without padding, {kept}{captured}.",
-        f"Each step has the {recipe.effective_batch_size} {what} and the loss that {recipe.per_device_batch_size} × "
+        f"Each step has {examples} and the loss that {recipe.per_device_batch_size} × "
         f"{recipe.gradient_accumulation_steps} would have.",
     )
-    return replace(fit, lines=lines)

@@ -58,10 +58,12 @@ class _Captured:
         torch.cuda.current_stream().wait_stream(side)
         del hidden
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward, pool=pool):
+        # NCCL watches its operations from a thread of its own, which may ask CUDA something at any moment.
+        mode = "thread_local" if torch.distributed.is_initialized() else "global"
+        with torch.cuda.graph(self.forward, pool=pool, capture_error_mode=mode):
             hidden = forward(own)
         self.upstream = torch.zeros_like(hidden)
-        with torch.cuda.graph(self.backward, pool=pool):
+        with torch.cuda.graph(self.backward, pool=pool, capture_error_mode=mode):
             self.gradients = torch.autograd.grad(hidden, parameters, self.upstream)
         self.hidden = hidden.detach()
 

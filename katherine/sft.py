@@ -4,7 +4,7 @@ template's, checkpoints and metrics are training's."""
 from pathlib import Path
 from typing import Any
 
-from katherine import adapters, bases, corpus, fit, gpu, model, settings, targets, training
+from katherine import adapters, bases, corpus, fit, gpu, model, ranks, settings, targets, training
 from katherine.checkpoints import Checkpoints
 from katherine.fit import Fit
 from katherine.progress import Progress
@@ -33,6 +33,7 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
     checkpoint = bases.checkpoint(settings.home(), recipe.base)
     card = gpu.mine()
     fitted = fit.wanted(recipe, checkpoint, card, progress)
+    rank = ranks.mine() if fitted else ranks.undivided()
     model.ready(settings.home(), progress, fitted=fitted)
     for line in targets.matches(checkpoint, recipe.target_modules).lines(recipe.lora_r):
         progress.say(line)
@@ -46,7 +47,7 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
     layout = None
     if fitted:
         units = [len(row["input_ids"]) for row in sequences.train]
-        layout = fit.lay_out(recipe, checkpoint, card, units, lora, recipe.load_in_4bit, progress)
+        layout = fit.lay_out(recipe, checkpoint, card, units, lora, recipe.load_in_4bit, progress, rank.of)
     loaded = model.load(
         checkpoint,
         lora,
@@ -60,7 +61,8 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
     made = trainer(loaded, checkpoint, sequences, recipe, kept, progress, layout)
     progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
     base = model.describe(recipe.base, checkpoint, recipe.load_in_4bit)
-    history = training.run(made, recipe, kept, base, out, progress)
+    with ranks.together(rank):
+        history = training.run(made, recipe, kept, base, out, progress, rank)
     return training.summary(history, sequences)
 
 

@@ -11,10 +11,12 @@ import torch
 from torch.nn import functional
 
 from katherine import fit as fits
-from katherine import packed_model, packing
+from katherine import packed_model, packing, ranks
+from katherine.errors import TrainingError
 from katherine.fit import Fit
 from katherine.likelihood import token_logprobs
 from katherine.packing import Batch
+from katherine.ranks import ALONE, Rank
 
 # A sequence as the trainers know it: its ids, and which of them are learned.
 Row = tuple[Sequence[int], Sequence[bool]]
@@ -31,7 +33,8 @@ class Units:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """batches: the step's units, cut. units: how many there are. scored: learned tokens in all; tokens: all of them."""
+    """batches: this process's units of the step, cut. units: how many the step has. scored: its learned tokens in all;
+    tokens: all of them."""
 
     batches: tuple[Batch, ...]
     units: int
@@ -48,16 +51,13 @@ def cut(units: Sequence[Unit], limit: int) -> list[list[Unit]]:
     """Units in groups of alike lengths with at most `limit` tokens each, as few as that allows and as even as that
     allows. A unit longer than the limit stands alone."""
 
-    def tokens(unit: Unit) -> int:
-        return sum(len(ids) for ids, _ in unit)
-
-    ordered = sorted(units, key=tokens)
-    total = sum(map(tokens, ordered))
+    ordered = sorted(units, key=_tokens)
+    total = sum(map(_tokens, ordered))
     aim = total / math.ceil(total / limit)
     groups: list[list[Unit]] = []
     held = 0
     for unit in ordered:
-        size = tokens(unit)
+        size = _tokens(unit)
         # Half of a unit may stand over the even share, never over the limit.
         if not groups or held + size > limit or held + size / 2 > aim:
             groups.append([])
@@ -67,14 +67,20 @@ def cut(units: Sequence[Unit], limit: int) -> list[list[Unit]]:
     return groups
 
 
-def lay_out(units: Sequence[Unit], fit: Fit, device: Any) -> Step:
-    """A step's units as batches on `device`."""
+def lay_out(units: Sequence[Unit], fit: Fit, device: Any, rank: Rank = ALONE) -> Step:
+    """A step's units as batches on `device`: those of them that are this process's."""
+    mine = ranks.share(units, _tokens, rank) if rank.of > 1 else units
     batches = tuple(
-        packing.pack([row for unit in group for row in unit], fit.multiples) for group in cut(units, fit.tokens)
+        packing.pack([row for unit in group for row in unit], fit.multiples).to(device)
+        for group in (cut(mine, fit.tokens) if mine else [])
     )
-    scored = sum(len(batch.scored) for batch in batches)
-    tokens = sum(batch.tokens for batch in batches)
-    return Step(tuple(batch.to(device) for batch in batches), len(units), scored, tokens)
+    # A row's first token is predicted from nothing.
+    scored = sum(sum(learned[1:]) for unit in units for _, learned in unit)
+    return Step(batches, len(units), scored, sum(map(_tokens, units)))
+
+
+def _tokens(unit: Unit) -> int:
+    return sum(len(ids) for ids, _ in unit)
 
 
 # ------------------------------------------------------------------------------------------------ the trainers
@@ -90,6 +96,7 @@ class Packed(_Trainer):
 
     fit: Fit
     _replay: Any = None
+    _told_to_stop = False
 
     def losses(self, model: Any, batch: Batch, whole: Step) -> torch.Tensor:
         """The batch's share of the step's loss."""
@@ -121,10 +128,13 @@ class Packed(_Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         model.train()
         units: Units = inputs["units"]
+        if not self.rank.leads:
+            # A checkpoint holds the leader's random numbers alone. Ours, for the dropout, follow from the step.
+            torch.manual_seed(self.args.seed + self.rank.index + self.state.global_step * self.rank.of)
         loss = None
         while loss is None:
             smaller = None
-            whole = lay_out(units.each, self.fit, self.args.device)
+            whole = lay_out(units.each, self.fit, self.args.device, self.rank)
             try:
                 loss = self._attempt(model, whole)
             except torch.OutOfMemoryError:
@@ -134,6 +144,8 @@ class Packed(_Trainer):
             # Not while the error is handled: it holds the frames that hold the memory.
             if smaller:
                 self._shrink(model, smaller)
+            if self.rank.of > 1:
+                loss = self._sum(model, units, loss)
         self.count(whole.tokens)
         self.done("train", whole)
         return loss
@@ -145,6 +157,32 @@ class Packed(_Trainer):
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _sum(self, model: Any, units: Units, loss: torch.Tensor | None) -> torch.Tensor | None:
+        """Adds the gradients and losses of all processes up. None where one of them had no memory for the step, which
+        is then to be done again by all. Raises TrainingError where they are not at the same step."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        seen = float(hash(tuple(tuple(ids) for unit in units.each for ids, _ in unit)) & 0xFFFF)
+        stop = self.rank.leads and self.progress.stop_requested()
+        said = torch.tensor([0.0, loss is None, stop, seen], device=self.args.device)
+        if loss is not None:
+            said[0] = loss
+        flat = ranks.total(torch.cat([*(_gradient(each) for each in trained), said]))
+        *summed, said = flat.split([*(each.numel() for each in trained), len(said)])
+        value, short, stop, seen_by_all = said.tolist()
+        if seen_by_all != seen * self.rank.of:
+            raise TrainingError("The processes of this training do not read the same steps. This is a bug.")
+        if short:
+            model.zero_grad(set_to_none=True)
+            self.forget()
+            return None
+        for parameter, gradient in zip(trained, summed, strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
+        self._told_to_stop = bool(stop)
+        return torch.tensor(value, device=self.args.device)
+
+    def stop_requested(self) -> bool:
+        return self._told_to_stop if self.rank.of > 1 else super().stop_requested()
 
     def _shrink(self, model: Any, smaller: Fit) -> None:
         self.progress.say(
@@ -165,11 +203,21 @@ class Packed(_Trainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Any:
         units: Units = inputs["units"]
-        whole = lay_out(units.each, self.fit, self.args.device)
+        whole = lay_out(units.each, self.fit, self.args.device, self.rank)
+        total = torch.zeros((), device=self.args.device)
         with torch.no_grad():
-            total = sum(self.losses(model, batch, whole) for batch in whole.batches)
+            for batch in whole.batches:
+                total += self.losses(model, batch, whole)
+        if self.rank.of > 1:
+            ranks.total(total)
         self.done("eval", whole)
         return total, None, None
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """(numbers,), float32: zeros where the process had nothing to do."""
+    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return gradient.reshape(-1).float()
 
 
 class PackedSft(Packed):

@@ -19,6 +19,7 @@ from katherine import model as models
 from katherine.checkpoints import Checkpoints, sync
 from katherine.errors import DataError, TemplateError, TrainingError
 from katherine.progress import Progress, Stopped
+from katherine.ranks import ALONE, Rank
 from katherine.recipe import DpoRecipe, SftRecipe
 from katherine.template import Parity
 
@@ -109,12 +110,13 @@ _Trainer: Any = object
 
 
 class Recorded(_Trainer):
-    """Put before a trainer class: class Trainer(Recorded, trl.SFTTrainer). Set `progress`, `checkpoints` and `ema`
-    before train()."""
+    """Put before a trainer class: class Trainer(Recorded, trl.SFTTrainer). Set `progress`, `checkpoints`, `ema` and
+    `rank` before train()."""
 
     progress: Progress
     checkpoints: Checkpoints
     ema: Ema | None = None
+    rank: Rank = ALONE
     stopped = False
     _tokens: Any = 0
     _seconds_before = 0.0
@@ -139,11 +141,14 @@ class Recorded(_Trainer):
         if self.control.should_log:
             if self.ema:
                 self.ema.update(step)
-            if step < self.state.max_steps and self.progress.stop_requested():
+            if step < self.state.max_steps and self.stop_requested():
                 self.stopped = True
                 self.control.should_save = self.control.should_training_stop = True
         super()._maybe_log_save_evaluate(*rest, **named)
         self.progress.step(step, self.state.max_steps)
+
+    def stop_requested(self) -> bool:
+        return self.progress.stop_requested()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.monotonic()
@@ -174,6 +179,8 @@ class Recorded(_Trainer):
         """In place of transformers' own, which writes file by file under the final name."""
         from safetensors.torch import save_file
 
+        if not self.rank.leads:
+            return
         step = self.state.global_step
         with self.checkpoints.writing(step) as folder:
             adapters.save(self.model, models.adapter_weights(self.model), folder)
@@ -292,15 +299,16 @@ def run(
     base: adapters.Base,
     out: Path,
     progress: Progress,
+    rank: Rank = ALONE,
 ) -> list[dict[str, Any]]:
-    """Trains from the newest sound checkpoint, or from the start, and writes out/adapter. Returns the logged rows,
-    those of earlier attempts included.
+    """Trains from the newest sound checkpoint, or from the start, and writes out/adapter if it leads. Returns the
+    logged rows, those of earlier attempts included.
 
     Raises Stopped once a requested stop has been checkpointed, TrainingError for a loss that diverged.
     """
     from transformers import PrinterCallback
 
-    trainer.progress, trainer.checkpoints = progress, kept
+    trainer.progress, trainer.checkpoints, trainer.rank = progress, kept, rank
     trainer.ema = Ema(trainer.model, recipe.ema_decay) if recipe.ema_decay else None
     newest = kept.newest()
     if newest:
@@ -311,6 +319,8 @@ def run(
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if trainer.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, and kept")
+    if not rank.leads:
+        return trainer.state.log_history
 
     progress.phase("save")
     if trainer.ema:
