@@ -190,6 +190,8 @@ def stage_figures(run: Run) -> dict[str, Any]:
     """A run's own account: seconds from its start to its end, and what its rows or its manifest say."""
     status = run.status()
     found: dict[str, Any] = {"state": str(status.state), "seconds": round(status.seconds, 1)}
+    if machine := hardware.of_run(run):
+        found["gpus"] = machine.used
     if rows := [row for row in run.metrics() if "loss" in row]:
         found |= steps_of(rows)
     if (manifest := run.out / "gguf" / "manifest.json").is_file():
@@ -232,7 +234,8 @@ def table(report: dict[str, Any]) -> str:
         lines.append(_line(name, each, f"{each['load']:.0f} s", ratio, f"{whole:.0f} s projected"))
     for name, each in report["stages"].items():
         if "median" in each:
-            lines.append(_line(f"job: {name}, {each['steps']} steps", each, "", "", f"{each['seconds']:.0f} s"))
+            cards = f" on {each['gpus']} GPUs" if each.get("gpus", 1) > 1 else ""
+            lines.append(_line(f"job: {name}, {each['steps']} steps{cards}", each, "", "", f"{each['seconds']:.0f} s"))
         elif "parts" in each:
             parts = ", ".join(f"{part} {seconds:.0f}" for part, seconds in each["parts"].items())
             lines.append(f"| job: {name} | | | | | | | {each['seconds']:.0f} s ({parts}) |")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import detached, errands, queue, slot
-from katherine import disk, pod, runs, units
+from katherine import disk, gpu, pod, runs, units
 from katherine.errors import KatherineError, PodError
 from katherine.history import History
 from katherine.runs import State
@@ -328,7 +328,8 @@ class _Count:
             if not queue.blocked(self._home, seen.run):
                 raise _Cancelled(f"Run {seen.id} was queued: the pod is in use.")
         # What is loaded to chat with was used within the last minutes: the pool unloads it otherwise.
-        if (holder := slot.holder(self._home)) is not None and holder.what == "chat":
+        holders = [slot.holder(self._home, card) for card in gpu.usable()]
+        if any(holder is not None and holder.what == "chat" for holder in holders):
             raise _Cancelled("Somebody is chatting: the pod is in use.")
         if busy := errands.under_way(self._home):
             raise _Cancelled(f"Errand {busy[0].id} is under way: the pod is in use.")

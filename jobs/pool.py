@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -109,6 +109,8 @@ class Pool:
         kept: float = KEPT,
     ):
         self._home = home
+        # The last first: runs take the first.
+        self._cards = gpu.usable()[::-1]
         self._idle = idle
         self._limit = limit
         self._quiet = quiet
@@ -269,7 +271,9 @@ class Pool:
             self._reap()
 
     def _load(self, held: _Held) -> None:
-        engine = Engine(held.column.path, abandon=held.abandon)
+        # It was decided to load it with the slot held, which is held for as long as it is there.
+        assert self._slot is not None
+        engine = Engine(held.column.path, abandon=held.abandon, card=self._slot.name)
         try:
             # Between its hashing and its loading it may have been replaced.
             columns.verify(held.column)
@@ -301,12 +305,12 @@ class Pool:
         """Why the column cannot be loaded now, in words, or "": then the slot is held and there is room. Unloads what
         is idle for it. Raises EngineError where it would not fit alone either."""
         if self._slot is None:
-            if slot.is_held(self._home, "supervisor") and (run := queue.first_waiting(self._home)):
+            if len(slot.free(self._home, self._cards)) <= 1 and (run := self._next_run()):
                 return f"The machine is about to begin with {_named(run)}. The answer comes when that is done."
             try:
-                self._slot = slot.take(self._home, "chat")
+                self._slot = slot.take_one(self._home, "chat", self._cards)
             except Busy as busy:
-                return _busy(self._home, busy)
+                return _busy(self._home, self._cards, busy)
             self._watch()
         needs = self._needs(column)
         if needs > (free := self._free(self._on_gpu())):
@@ -335,7 +339,7 @@ class Pool:
         """Bytes that another engine could take."""
         loading = sum(each.needs for each in self._held.values() if each.engine is None)
         pids = [each.engine.pid for each in self._held.values() if each.engine]
-        free = memory.cards() if on_gpu else None
+        free = memory.card(self._slot.name if self._slot else self._cards[0]) if on_gpu else None
         free = memory.host(pids) if free is None else free
         free -= loading
         if self._limit is not None:
@@ -419,8 +423,8 @@ class Pool:
         while not self._closed.wait(TICK):
             run = None
             try:
-                # A supervisor while we hold the GPU is one that waits for it; without one there is nothing to read.
-                run = queue.first_waiting(self._home) if slot.is_held(self._home, "supervisor") else None
+                # What waits while another GPU is free does not wait for ours.
+                run = None if slot.free(self._home, self._cards) else self._next_run()
             except OSError as error:
                 _log.warning("the queue cannot be read: %s", error)
             with self._changed:
@@ -430,6 +434,10 @@ class Pool:
                 self._end_idle()
                 self._heed(run)
             self._reap()
+
+    def _next_run(self) -> Run | None:
+        """The run that a supervisor is about to begin with; without a supervisor there is nothing to read."""
+        return queue.first_waiting(self._home) if slot.is_held(self._home, "supervisor") else None
 
     def _end_idle(self) -> None:
         now = time.monotonic()
@@ -499,9 +507,9 @@ def _gave_way(what: str) -> str:
     return f"Stopped, since {what}, needed the machine. Ask again when that is done."
 
 
-def _busy(home: Home, busy: Busy) -> str:
-    """Who has the GPU, for somebody who may never have heard of it."""
-    holder = slot.holder(home)
+def _busy(home: Home, cards: Sequence[str], busy: Busy) -> str:
+    """Who has the GPU, for somebody who may never have heard of it; of several, the one that is asked for first."""
+    holder = slot.holder(home, cards[0])
     if holder is not None and holder.what == "chat":
         return f"The machine is busy with another chat (process {holder.pid}). The answer comes when that has ended."
     if holder is None or holder.run is None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -250,11 +251,15 @@ def next_runnable(home: Home) -> Run | None:
 
 
 def first_waiting(home: Home) -> Run | None:
-    """The run that begins next, as soon as the GPU is free; None where none is queued that could. Changes nothing."""
+    """The run that begins next, as soon as a GPU is free; None where none is queued that could. Changes nothing."""
+    return next(waiting(home), None)
+
+
+def waiting(home: Home) -> Iterator[Run]:
+    """The queued runs that could begin now, had each a GPU, oldest first."""
     for run, status in unfinished(home):
         if status.state is State.queued and _parent_state(home, run) in (None, State.succeeded):
-            return run
-    return None
+            yield run
 
 
 def worker_module(name: str) -> ModuleType:
@@ -310,13 +315,22 @@ def _mark_interrupted(home: Home) -> list[Run]:
             continue
         if status.machine == machine():
             end_leftovers(run)
-        run.set_status(
-            **ended(State.interrupted),
-            reason="The machine went away or the process was killed.",
-            remedy="Resume it: it goes on from its newest checkpoint.",
-        )
+        _interrupt(run, "The machine went away or the process was killed.")
         found.append(run)
     return found
+
+
+def give_up(home: Home, run: Run, why: str) -> None:
+    """For a supervisor that can no longer watch a run of its own: its processes are ended, and it can be resumed."""
+    with slot.mutex(home):
+        end_leftovers(run)
+        if run.status().state not in ENDED:
+            _interrupt(run, why)
+
+
+def _interrupt(run: Run, why: str) -> None:
+    remedy = "Resume it: it goes on from its newest checkpoint."
+    run.set_status(**ended(State.interrupted), reason=why, remedy=remedy)
 
 
 def ended(state: State) -> dict[str, Any]:

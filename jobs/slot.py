@@ -4,6 +4,7 @@ and the naming of the holder; what is done meanwhile is the holder's affair."""
 import json
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -12,6 +13,7 @@ from types import TracebackType
 
 from katherine import runs
 from katherine.errors import Busy, KatherineError
+from katherine.gpu import PROCESSOR
 from katherine.settings import Home
 from katherine.turns import bind, is_held, turn
 
@@ -33,9 +35,10 @@ class Holder:
 
 
 class Slot:
-    """One GPU of this machine, held. Children that inherit its descriptor hold it too."""
+    """One GPU of this machine, held. name: as gpu.usable gives it. Children that inherit its descriptor hold it too."""
 
-    def __init__(self, held: socket.socket, note: Path):
+    def __init__(self, name: str, held: socket.socket, note: Path):
+        self.name = name
         self._held = held
         self._note = note
 
@@ -56,11 +59,11 @@ class Slot:
         self.release()
 
 
-def take(home: Home, what: str, *, run: str | None = None, name: str = "0") -> Slot:
-    """Take the GPU slot `name` (a device index). Raises Busy, naming the holder; never waits."""
-    held = bind(home, f"gpu-{name}")
+def take(home: Home, what: str, *, run: str | None = None, name: str = PROCESSOR) -> Slot:
+    """Take the slot of the GPU `name`. Raises Busy, naming the holder; never waits."""
+    held = bind(home, _place(name))
     if held is None:
-        raise Busy(f"{_title(name)} is held by {_described(home, name)}. Wait, stop it, or queue behind it.")
+        raise Busy(f"{_title(name)} is held by {_described(home, name)}. {_REMEDY}")
     note = home.root / f"slot-{name}.json"
     try:
         home.root.mkdir(parents=True, exist_ok=True)
@@ -69,12 +72,28 @@ def take(home: Home, what: str, *, run: str | None = None, name: str = "0") -> S
         # The note serves messages alone: a full disk is no reason to refuse the GPU.
         with suppress(OSError):
             note.unlink(missing_ok=True)
-    return Slot(held, note)
+    return Slot(name, held, note)
 
 
-def holder(home: Home, name: str = "0") -> Holder | None:
-    """Who holds the GPU slot, or None while it is free or its holder has not yet said who it is."""
-    if not is_held(home, f"gpu-{name}"):
+def take_one(home: Home, what: str, names: Sequence[str], *, run: str | None = None) -> Slot:
+    """Take the first of these GPUs that is free. Raises Busy, naming all holders; never waits."""
+    if len(names) == 1:
+        return take(home, what, run=run, name=names[0])
+    for name in names:
+        with suppress(Busy):
+            return take(home, what, run=run, name=name)
+    holders = "; ".join(f"GPU {name} by {_described(home, name)}" for name in names)
+    raise Busy(f"Every GPU is held: {holders}. {_REMEDY}")
+
+
+def free(home: Home, names: Sequence[str]) -> list[str]:
+    """Those of the GPUs that nobody holds."""
+    return [name for name in names if not is_held(home, _place(name))]
+
+
+def holder(home: Home, name: str = PROCESSOR) -> Holder | None:
+    """Who holds the GPU's slot, or None while it is free or its holder has not yet said who it is."""
+    if not is_held(home, _place(name)):
         return None
     try:
         return Holder(**json.loads((home.root / f"slot-{name}.json").read_bytes()))
@@ -82,8 +101,15 @@ def holder(home: Home, name: str = "0") -> Holder | None:
         return None
 
 
+_REMEDY = "Wait, stop it, or queue behind it."
+
+
+def _place(name: str) -> str:
+    return f"gpu-{name}"
+
+
 def _title(name: str) -> str:
-    return "The GPU" if name == "0" else f"GPU {name}"
+    return "The GPU" if name == PROCESSOR else f"GPU {name}"
 
 
 def _described(home: Home, name: str) -> str:

@@ -1,5 +1,6 @@
-"""Drains the queue, one run at a time, detached from whoever asked. It spawns the worker, owns its wait, its log and
-status.json while it runs, and writes how it ended. What a run does is the worker's; who may start is the queue's."""
+"""Drains the queue, one run on each GPU, detached from whoever asked. It spawns the workers, owns the wait for each,
+its log and status.json while it runs, and writes how it ended. What a run does is the worker's; who may start is the
+queue's."""
 
 import argparse
 import json
@@ -9,8 +10,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +24,7 @@ from jobs import autostop, queue, slot
 from jobs.queue import MARK
 from jobs.slot import Slot
 from jobs.worker import lower
-from katherine import runs, scratch
+from katherine import gpu, runs, scratch
 from katherine.errors import Busy
 from katherine.runs import Run, State
 from katherine.settings import Home, child_environment
@@ -33,6 +37,8 @@ SAVE = 0.5
 HEARTBEAT = 5.0
 # From SIGTERM to SIGKILL: time to remove temporary files, not to save.
 GRACE = 3.0
+# How often it is looked for runs to begin while others are under way: on a slow volume each look takes a while.
+BUSY = 2.0
 # A worker that has said how it ended may still be closing a GPU's context; after this it hangs.
 LEAVING = 30.0
 # Two files of 8 MB are over 100,000 lines, and pass whole through a proxy that refuses 100 MB.
@@ -96,7 +102,7 @@ def _last_drawn(line: bytes) -> bytes:
 class Supervision:
     """One run's worker, from its spawning to its end."""
 
-    def __init__(self, home: Home, run: Run, held: Slot, worker: str):
+    def __init__(self, home: Home, run: Run, held: Sequence[Slot], worker: str):
         self._run = run
         self._status = run.status()
         self._log = Log(run.log)
@@ -119,9 +125,12 @@ class Supervision:
         )
         self._reading, writing = os.pipe()
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", worker, str(run.path), "--report", str(writing), "--supervisor", str(os.getpid())],
-            # It holds the slot as well: should this process be killed, nobody takes the GPU before the worker is dead.
-            pass_fds=(writing, held.fileno()),
+            [
+                *(sys.executable, "-m", worker, str(run.path), "--report", str(writing)),
+                *("--supervisor", str(os.getpid()), "--gpus", *(each.name for each in held)),
+            ],
+            # It holds the slots as well: should this process be killed, nobody takes a GPU before the worker is dead.
+            pass_fds=(writing, *(each.fileno() for each in held)),
             process_group=0,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -299,32 +308,88 @@ def _begin(home: Home, run: Run) -> bool:
         return True
 
 
+class Crew:
+    """The runs under way, each watched in a thread of its own, which spawns its worker too: the kernel takes a worker
+    down with the thread that started it. ended: set whenever one has ended. last: the one that ended last."""
+
+    def __init__(self, home: Home, worker: str):
+        self._home = home
+        self._worker = worker
+        self._under_way: set[str] = set()
+        self.ended = threading.Event()
+        self.last: Run | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    def carry_out(self, run: Run, held: Sequence[Slot]) -> None:
+        """Returns at once. The slots are let go when the run has ended."""
+        self._under_way.add(run.id)
+        threading.Thread(target=self._watch, args=(run, held), name=run.id).start()
+
+    def _watch(self, run: Run, held: Sequence[Slot]) -> None:
+        try:
+            Supervision(self._home, run, held, self._worker).watch()
+        except Exception as error:
+            # The others go on.
+            traceback.print_exc()
+            queue.give_up(self._home, run, f"It could not be watched any longer ({type(error).__name__}: {error}).")
+        finally:
+            for each in held:
+                each.release()
+            self.last = run
+            self._under_way.remove(run.id)
+            self.ended.set()
+
+
 def drain(home: Home, place: socket.socket, worker: str) -> None:
-    """Carry out queued runs, oldest first, until none can begin; then give the supervisor's place up, and leave it to
-    autostop whether the pod is needed any longer."""
-    last: Run | None = None
+    """Carry out queued runs, oldest first, one on each GPU, until none can begin; then give the supervisor's place up,
+    and leave it to autostop whether the pod is needed any longer."""
+    cards = gpu.usable()
+    crew = Crew(home, worker)
     while True:
+        # What ends from here on is noticed at once, however long it is waited for.
+        crew.ended.clear()
+        if crew and not slot.free(home, cards):
+            crew.ended.wait(BUSY)
+            continue
         with slot.mutex(home):
             run = queue.next_runnable(home)
-            if run is None:
+            if run is None and not crew:
                 # Given up under the mutex: whoever queues a run next finds the place free and starts a supervisor.
                 place.close()
                 break
+        if run is None:
+            crew.ended.wait(BUSY)
+            continue
         try:
-            held = slot.take(home, run.record.kind, run=run.id)
+            held = [slot.take_one(home, run.record.kind, cards, run=run.id)]
         except Busy as busy:
             _say_why_waiting(home, run, str(busy))
             time.sleep(SAVE)
             continue
-        with held:
-            if _begin(home, run):
-                Supervision(home, run, held, worker).watch()
-                last = run
-    if last is not None:
+        if _begin(home, run):
+            kind = queue.worker_module(worker).KINDS.get(run.record.kind)
+            if kind and kind.spreads(run.record.recipe):
+                held += _idle(home, cards, run)
+            crew.carry_out(run, held)
+        else:
+            held[0].release()
+    if crew.last is not None:
         try:
-            autostop.begin(home, last.id)
+            autostop.begin(home, crew.last.id)
         except OSError as error:
             print(f"{runs.now()} auto-stop could not begin: {error}", file=sys.stderr)
+
+
+def _idle(home: Home, cards: Sequence[str], run: Run) -> list[Slot]:
+    """The GPUs that nobody has and no other run waits for, taken for the run as well."""
+    found: list[Slot] = []
+    if next(queue.waiting(home), None) is None:
+        for name in slot.free(home, cards):
+            with suppress(Busy):
+                found.append(slot.take(home, run.record.kind, run=run.id, name=name))
+    return found
 
 
 def _say_why_waiting(home: Home, run: Run, why: str) -> None:

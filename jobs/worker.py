@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs import obstacles, queue
-from katherine import hardware, prediction, runs
+from jobs.following import Followers
+from katherine import gpu, hardware, prediction, runs
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import Run
@@ -36,13 +37,15 @@ class Kind:
     """What a kind of run does. work: the stage, which returns what goes into result.json. complete: a recipe's values
     with its defaults filled in, or RecipeError. secrets: names of secrets that its process may see. obstacles: given
     the home, a dataset's id and a recipe, why the work would fail, as far as can be told beforehand. frozen: texts that
-    the run keeps in its out folder from its birth, since they may change before it begins: file name → text."""
+    the run keeps in its out folder from its birth, since they may change before it begins: file name → text. spreads:
+    whether the work of such a recipe is done on several GPUs at once, where they are idle."""
 
     work: Callable[[Home, Run, Progress], dict[str, Any]]
     complete: Callable[[dict[str, Any]], dict[str, Any]]
     secrets: tuple[str, ...] = ()
     obstacles: Callable[[Home, str, dict[str, Any]], list[str]] = lambda home, dataset, recipe: []
     frozen: Callable[[Home, dict[str, Any]], dict[str, str]] = lambda home, recipe: {}
+    spreads: Callable[[dict[str, Any]], bool] = lambda recipe: False
 
 
 def _complete(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +100,8 @@ def _probe_set(home: Home, recipe: dict[str, Any]) -> dict[str, str]:
 # Those that look for the base on the hub, where some bases open only to a token that accepted their terms.
 _HUB = ("HF_READ_TOKEN",)
 KINDS = {
-    "sft": Kind(_sft, partial(_complete, "sft"), _HUB, obstacles.sft),
+    # A training as its recipe is written is one process's: its batches would no longer be those of the recipe.
+    "sft": Kind(_sft, partial(_complete, "sft"), _HUB, obstacles.sft, spreads=lambda recipe: bool(recipe.get("fit"))),
     "dpo": Kind(_dpo, partial(_complete, "dpo"), _HUB, obstacles.dpo),
     "export": Kind(_export, partial(_complete, "export"), _HUB, obstacles.export),
     "probe": Kind(_probe, partial(_complete, "probe"), _HUB, obstacles.probe, _probe_set),
@@ -173,6 +177,11 @@ class RunProgress:
             self._stop_asked = time.monotonic()
             self._stop_seen = queue.control(self._run).exists()
         return self._stop_seen
+
+    def failed(self, reason: str, remedy: str) -> None:
+        """How the run ended."""
+        # The whole text is in the log; a reason has to fit on a screen.
+        self.tell(end="failed", reason=reason[:2000], remedy=remedy)
 
     def tell(self, **message: Any) -> None:
         """One line to the supervisor."""
@@ -254,7 +263,7 @@ def lower(run: Run, otherwise: str) -> str:
     return f"Start again with max_length below {recipe.get('max_length')}, {otherwise}."
 
 
-def _die_with(supervisor: int) -> None:
+def die_with(supervisor: int) -> None:
     """Have the kernel kill this process the moment its supervisor is gone: a run that nobody watches must not be."""
     pr_set_pdeathsig = 1  # from linux/prctl.h
     libc = ctypes.CDLL(None, use_errno=True)
@@ -265,10 +274,23 @@ def _die_with(supervisor: int) -> None:
         os._exit(1)
 
 
-def _take_down(home: Home, run: Run) -> None:
+def _abandon(progress: RunProgress, reason: str, remedy: str) -> None:
+    """For another thread than the one that works, which waits for a process that is gone."""
+    progress.failed(reason, remedy)
+    os._exit(1)
+
+
+def _own_name() -> str:
+    """Of the module that was started, which knows what the kinds of run do."""
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None
+    return spec.name
+
+
+def _take_down(home: Home, run: Run, gpus: int) -> None:
     """What this machine is, and what the run is expected to take on it, so that later estimates learn from the run."""
     try:
-        hardware.take_down(home, run)
+        hardware.take_down(home, run, gpus)
         prediction.freeze(home, run)
     except KatherineError as error:
         print(f"Nothing was predicted of this run: {error}", flush=True)
@@ -283,8 +305,10 @@ def main(kinds: dict[str, Kind]) -> int:
     arguments.add_argument("run", type=Path)
     arguments.add_argument("--report", type=int, required=True, help="descriptor of the pipe to the supervisor")
     arguments.add_argument("--supervisor", type=int, required=True, help="pid of the supervisor")
+    arguments.add_argument("--gpus", nargs="+", default=[gpu.PROCESSOR], help="the run's, by name")
     asked = arguments.parse_args()
-    _die_with(asked.supervisor)
+    die_with(asked.supervisor)
+    os.environ |= gpu.alone(asked.gpus[0])
     os.set_inheritable(asked.report, False)
     # When memory runs out, the kernel should end this process and not the panel or the supervisor, which are small
     # and have more to say. Half of the scale is enough to come first.
@@ -298,20 +322,25 @@ def main(kinds: dict[str, Kind]) -> int:
     home = Home(asked.run.parent.parent)
     run = runs.load(home, asked.run.name)
     progress = RunProgress(run, asked.report)
-    _take_down(home, run)
+    _take_down(home, run, len(asked.gpus))
+    followers = None
     try:
         if run.record.kind not in kinds:
             raise NotFound(f"Run {run.id} is of kind {run.record.kind!r}; this version knows {', '.join(kinds)}.")
+        if len(asked.gpus) > 1:
+            followers = Followers(run, _own_name(), asked.gpus, partial(_abandon, progress))
         result = kinds[run.record.kind].work(home, run, progress)
         runs.write_json(run.path / "result.json", result)
+        if followers:
+            followers.close()
     except Stopped:
         progress.tell(end="stopped")
         return 0
     except (Exception, SystemExit) as error:
         traceback.print_exc()
-        reason, remedy = explain(error, run)
-        # The whole text is in the log; a reason has to fit on a screen.
-        progress.tell(end="failed", reason=reason[:2000], remedy=remedy)
+        # Where the process on another GPU has failed, this one knows only that it was left.
+        left = followers.why() if followers and not isinstance(error, KatherineError) else None
+        progress.failed(*(left or explain(error, run)))
         return 1
     progress.tell(end="succeeded")
     return 0

@@ -18,6 +18,7 @@ from select import POLLIN, poll
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from katherine import gpu
 from katherine.errors import EngineError, NotFound
 from katherine.settings import PROJECT, child_environment
 
@@ -96,9 +97,11 @@ class Engine:
         load_seconds: float = LOAD_SECONDS,
         answer_seconds: float = ANSWER_SECONDS,
         abandon: threading.Event | None = None,
+        card: str | None = None,
     ):
         """`context` in tokens, cut to what the model was trained for. `gpu_layers`: how many layers go to a GPU, -1
-        for all; without a GPU it has no effect. `check_tensors` has llama.cpp look for broken numbers. `abandon`, set
+        for all; without a GPU it has no effect. `card`: which GPU, None for those that this process sees.
+        `check_tensors` has llama.cpp look for broken numbers. `abandon`, set
         from another thread, ends the loading (EngineError)."""
         self.path = Path(path).absolute()
         if not self.path.is_file():
@@ -128,6 +131,7 @@ class Engine:
                 # Else llama.cpp calls a debugger on an assertion that failed, whose pages hide which one it was.
                 GGML_NO_BACKTRACE="1",
                 **({"GOMP_SPINCOUNT": SPINS} if cores() <= FEW_CORES else {}),
+                **(gpu.alone(card) if card is not None else {}),
             ),
         )
         try:

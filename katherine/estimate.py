@@ -22,7 +22,7 @@ from katherine.yardstick import GIB, Counts, Figure, total
 @dataclass(frozen=True, slots=True)
 class Machine:
     """kind: of GPU, as prices name it, "" without one. gpu_memory: bytes. cores: None where it is not this machine, and
-    the number is the provider's to say."""
+    the number is the provider's to say. gpus: how many there are; used: how many a fitted SFT is shared by."""
 
     kind: str
     here: bool
@@ -30,6 +30,7 @@ class Machine:
     cores: int | None
     price: Price | None
     gpus: int = 1
+    used: int = 1
 
     @property
     def hourly(self) -> float | None:
@@ -139,7 +140,7 @@ def machines(home: Home) -> list[Machine]:
     here = hardware.here()
     kind = prices.kind(here.gpu)
     memory = here.gpu_memory if kind else None
-    found = [Machine(kind, True, memory, here.cores, prices.hourly(home, here.gpu), here.gpus)]
+    found = [Machine(kind, True, memory, here.cores, prices.hourly(home, here.gpu), here.gpus, max(here.gpus, 1))]
     for name, price in prices.listed(home).items():
         if name != kind:
             sheet = SHEETS.get(name)
@@ -218,14 +219,17 @@ def _base(made: Mapping[str, Recipe]) -> str | None:
     return sft.base if isinstance(sft, SftRecipe) else None
 
 
-def alone(home: Home, kind: str, made: Mapping[str, Recipe], dataset: str | None) -> tuple[Estimate, int | None]:
-    """One stage on this machine, and how many optimiser steps it makes, None where it makes none or nobody knows. made:
-    its recipe and those of the stages it builds on, by kind. Raises NotFound or DataError for the dataset, DataError
-    for a damaged price list."""
+def alone(
+    home: Home, kind: str, made: Mapping[str, Recipe], dataset: str | None, used: int = 1
+) -> tuple[Estimate, int | None]:
+    """One stage on this machine, on `used` of its GPUs, and how many optimiser steps it makes, None where it makes none
+    or nobody knows. made: its recipe and those of the stages it builds on, by kind. Raises NotFound or DataError for
+    the dataset, DataError for a damaged price list."""
     base = _base(made)
     counts = Counts(counted(home, dataset) if dataset else None)
     shape = shapes.of(home, base) if base else None
-    found = _estimate(home, machines(home)[0], made, counts, shape, experience.samples(home), only=kind)
+    here = replace(machines(home)[0], used=used)
+    found = _estimate(home, here, made, counts, shape, experience.samples(home), only=kind)
     each = made[kind]
     count = counts.examples(each) if isinstance(each, SftRecipe | DpoRecipe) else None
     return found, each.steps(count) if count and isinstance(each, SftRecipe | DpoRecipe) else None
@@ -249,6 +253,7 @@ def _estimate(
     for kind in made:
         if only in (None, kind):
             alike = [s for s in past if s.kind == kind and _alike(machine, made, s)]
+            alike = [s for s in alike if s.hardware.used == _used(machine, made[kind])]
             stages[kind] = _stage(home, kind, machine, made, counts, shape, alike)
     found = Estimate(machine, stages, ())
     return replace(found, warnings=tuple(_warnings(found, made)))
@@ -279,6 +284,11 @@ def _alike(machine: Machine, made: Mapping[str, Recipe], sample: Sample) -> bool
         and mine.base == theirs.base
         and mine.load_in_4bit == theirs.load_in_4bit
     )
+
+
+def _used(machine: Machine, each: Recipe) -> int:
+    """On how many GPUs a stage computes."""
+    return machine.used if isinstance(each, SftRecipe) and each.fit else 1
 
 
 def _stage(
@@ -318,7 +328,8 @@ def _training(
     parts: dict[str, Figure] = {}
     missing = []
     batches = yardstick.batches(each, count)
-    batch = yardstick.batch(machine.kind, machine.cores, machine.gpu_memory, made, each, counts, shape)
+    gpus = _used(machine, each)
+    batch = yardstick.batch(machine.kind, machine.cores, machine.gpu_memory, made, each, counts, shape, gpus)
     learned = [s for s in alike if s.setup is not None and s.step is not None]
     if learned:
         parts["load and first step"] = _seen([(s.setup or 0.0, s) for s in learned], machine)
@@ -386,7 +397,7 @@ def _ratio(home: Home, sample: Sample) -> float | None:
     shape = shapes.of(home, sft.base) if isinstance(sft, SftRecipe) else None
     machine = sample.hardware
     gpu, counts = prices.kind(machine.gpu), _sample_counts(home, sample)
-    said = yardstick.batch(gpu, machine.cores, machine.gpu_memory, sample.recipes, made, counts, shape)
+    said = yardstick.batch(gpu, machine.cores, machine.gpu_memory, sample.recipes, made, counts, shape, machine.used)
     if said is None or sample.step is None:
         return None
     return sample.step / (said.value * yardstick.batches_a_step(made))

@@ -56,14 +56,50 @@ def read() -> list[GpuReading]:
         nvml.nvmlShutdown()
 
 
-def mine() -> GpuReading | None:
-    """The card that this process computes on: the first that CUDA_VISIBLE_DEVICES lets it see, by its number. None
-    without a GPU. Raises SetupError as read does."""
+# What the processor goes by where there is no card.
+PROCESSOR = "0"
+
+
+def usable() -> tuple[str, ...]:
+    """The cards that this process may compute on, as CUDA_VISIBLE_DEVICES names them; all where it is not set. Without
+    a card, or a driver that answers, the processor stands for one: there is always one at least."""
+    try:
+        cards = read()
+    except SetupError:
+        cards = []
+    told = _told()
+    if told is None:
+        return tuple(str(card.index) for card in cards) or (PROCESSOR,)
+    return tuple(name for name in told if cards and (not name.isdigit() or int(name) < len(cards))) or (PROCESSOR,)
+
+
+def of(name: str) -> GpuReading | None:
+    """The card of that name; the first where the name is no number of one. None without a GPU. Raises SetupError as
+    read does."""
     cards = read()
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    if first.isdigit() and int(first) < len(cards):
-        return cards[int(first)]
+    if name.isdigit() and int(name) < len(cards):
+        return cards[int(name)]
     return cards[0] if cards else None
+
+
+def mine() -> GpuReading | None:
+    """The card that this process computes on: the first that CUDA_VISIBLE_DEVICES lets it see. None without a GPU.
+    Raises SetupError as read does."""
+    told = _told()
+    return None if told == [] else of(told[0] if told else PROCESSOR)
+
+
+def alone(name: str) -> dict[str, str]:
+    """What the environment of a process says that is to compute on that card and see no other: given several,
+    transformers would split and enlarge the batch, and llama.cpp spread a model over them. Nothing where all cards
+    are hidden from this process. CUDA by itself counts the fastest card first, the driver by their place on the bus."""
+    return {} if _told() == [] else {"CUDA_VISIBLE_DEVICES": name, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def _told() -> list[str] | None:
+    """The names in CUDA_VISIBLE_DEVICES, [] where it hides every card, None where it is not set."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if told is None else [name.strip() for name in told.split(",") if name.strip()]
 
 
 def _card(nvml: Any, index: int, driver: str, cuda: str) -> GpuReading:

@@ -3,7 +3,7 @@ the cards that are rented most. What a card is doing now is gpu's business."""
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from katherine import gpu, prices
 from katherine.engines import cores
@@ -16,8 +16,9 @@ FILE = "hardware.json"
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """gpu: the driver's name of the first card, "" without one. gpu_memory, memory: bytes, None where not told.
-    hourly: dollars an hour of all of it, as priced when this was written, None where nobody said."""
+    """gpu: the driver's name of the first card, "" without one; gpus: how many there are, used: on how many a run
+    computed. gpu_memory, memory: bytes, None where not told. hourly: dollars an hour of all of it, as priced when this
+    was written, None where nobody said."""
 
     gpu: str
     gpus: int
@@ -25,6 +26,7 @@ class Hardware:
     cores: int
     memory: int | None
     hourly: float | None = None
+    used: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,10 @@ def _memory() -> int | None:
         return None
 
 
-def take_down(home: Home, run: Run) -> Hardware:
-    """Writes what this machine is into the run's folder, where it begins; a resumed run is then on its latest one."""
-    found = here(home)
+def take_down(home: Home, run: Run, used: int = 1) -> Hardware:
+    """Writes what this machine is, and how many of its GPUs the run uses, into the run's folder, where it begins; a
+    resumed run is then on its latest one."""
+    found = replace(here(home), used=used)
     write_json(run.path / FILE, asdict(found))
     return found
 
@@ -86,6 +89,7 @@ def of_run(run: Run) -> Hardware | None:
     """The machine on which the run last began; None where that is not known."""
     try:
         raw = json.loads((run.path / FILE).read_bytes())
-        return Hardware(**{f.name: raw[f.name] for f in fields(Hardware)})
+        # Older runs do not say how many were used: it was one.
+        return Hardware(**{f.name: raw[f.name] if f.name != "used" else raw.get("used", 1) for f in fields(Hardware)})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -20,17 +20,15 @@ def host(mapped_by: Sequence[int] = ()) -> int:
     return max(0, free if limit is None else min(free, limit - used))
 
 
-def cards() -> int | None:
-    """Bytes free on all NVIDIA cards together; None where there is none, or its driver does not say."""
+def card(name: str) -> int | None:
+    """Bytes free on the GPU of that name; None where there is none, or its driver does not say."""
     try:
-        known = [
-            card.memory_total - card.memory_used
-            for card in gpu.read()
-            if card.memory_total is not None and card.memory_used is not None
-        ]
+        found = gpu.of(name)
     except SetupError:
         return None
-    return sum(known) if known else None
+    if found is None or found.memory_total is None or found.memory_used is None:
+        return None
+    return found.memory_total - found.memory_used
 
 
 def resident(pid: int) -> int:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from katherine import adapters
+from katherine import adapters, gpu
 from katherine.errors import ModelError, RecipeError, SetupError
 from katherine.fit import Fit
 from katherine.progress import Progress
@@ -69,8 +69,8 @@ def settle(home: Home, progress: Progress) -> None:
         # unsloth may otherwise fetch and build llama.cpp, which export brings itself
         "UNSLOTH_AUTO_INSTALL": "0",
     }
-    # One GPU a run, the first unless told otherwise: given several, the trainer would split and enlarge the batch.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    # One GPU a process, the first unless told otherwise.
+    os.environ |= gpu.alone(gpu.usable()[0])
     if not on_cuda():
         return
     kernels = home.cache / "kernels" / _kernel_key()

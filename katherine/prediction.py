@@ -19,7 +19,9 @@ def freeze(home: Home, run: Run) -> None:
     kind of run that has no recipe gets none. Raises NotFound, DataError or RecipeError where it cannot be reckoned."""
     if (run.path / FILE).exists() or run.record.kind not in recipe.KINDS:
         return
-    found, steps = estimate.alone(home, run.record.kind, experience.recipes_of(home, run), run.record.dataset)
+    here = hardware.of_run(run)
+    used = here.used if here else 1
+    found, steps = estimate.alone(home, run.record.kind, experience.recipes_of(home, run), run.record.dataset, used)
     stage = found.stages[run.record.kind]
     runs.write_json(
         run.path / FILE,

@@ -30,21 +30,21 @@ MEMORY_TIGHT = 0.97
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One look at all cards. at: seconds on the monotonic clock. error: what is wrong with the driver, else "".
-    in_use: whether a run, or a chat, of ours held the GPU."""
+    in_use: the cards, by index, that a run, or a chat, of ours held."""
 
     at: float
     cards: tuple[GpuReading, ...] = ()
     error: str = ""
-    in_use: bool = False
+    in_use: frozenset[int] = frozenset()
 
 
 class Watch:
     """Reads the GPUs in a thread of its own between start() and stop(), or in a `with`. Safe to ask from several
-    threads. in_use: tells whether ours is the work on the card."""
+    threads. in_use: tells whether ours is the work on the card of that index."""
 
     def __init__(
         self,
-        in_use: Callable[[], bool] = lambda: False,
+        in_use: Callable[[int], bool] = lambda index: False,
         read: Callable[[], list[GpuReading]] = gpu.read,
         every: float = EVERY,
     ):
@@ -110,7 +110,9 @@ class Watch:
 
     def _look(self) -> Reading:
         try:
-            return Reading(time.monotonic(), tuple(self._read()), in_use=self._in_use())
+            cards = tuple(self._read())
+            in_use = frozenset(card.index for card in cards if self._in_use(card.index))
+            return Reading(time.monotonic(), cards, in_use=in_use)
         except SetupError as unwell:
             return Reading(time.monotonic(), error=str(unwell))
         except Exception as bug:
@@ -126,7 +128,7 @@ def diagnosis(readings: Sequence[Reading]) -> str | None:
         return None
     for index in {card.index: None for card in spell[-1].cards}:
         cards = [card for reading in spell for card in reading.cards if card.index == index]
-        if len(cards) == len(spell) and (found := _diagnosed(cards, [reading.in_use for reading in spell])):
+        if len(cards) == len(spell) and (found := _diagnosed(cards, [index in each.in_use for each in spell])):
             return found
     return None
 

@@ -187,15 +187,16 @@ def batch(
     each: SftRecipe | DpoRecipe,
     counts: Counts,
     shape: Shape | None,
+    gpus: int = 1,
 ) -> Figure | None:
     """Seconds of one batch, by measured launches and the arithmetic it cannot be faster than; None for a card without a
     data sheet here, and for a large base without a card. card: its memory in bytes, which a fitted training is laid out
-    by."""
+    by; gpus: how many of them share its steps."""
     if shape is None:
         return None
     sft = made.get("sft")
     if gpu and card and each.fit and isinstance(sft, SftRecipe):
-        return _fitted(gpu, card, each, sft, counts, shape)[0]
+        return _fitted(gpu, card, each, sft, counts, shape, gpus)[0]
     tokens = batch_tokens(counts, each)
     dpo = isinstance(each, DpoRecipe)
     # DPO's reference goes forward once more.
@@ -252,13 +253,14 @@ def before_first_step(gpu: str, each: SftRecipe | DpoRecipe, shape: Shape | None
 
 
 def _fitted(
-    gpu: str, memory: float, each: SftRecipe | DpoRecipe, sft: SftRecipe, counts: Counts, shape: Shape
+    gpu: str, memory: float, each: SftRecipe | DpoRecipe, sft: SftRecipe, counts: Counts, shape: Shape, gpus: int = 1
 ) -> tuple[Figure | None, Figure]:
     """Seconds of a step that is fitted to a kind of GPU, and its GiB at the most. memory: the card's, in bytes. The
     seconds are None for a card without a data sheet here."""
     lora = Lora(sft.lora_r, sft.lora_alpha, sft.lora_dropout, sft.target_modules)
     dpo = isinstance(each, DpoRecipe)
-    whole = batch_tokens(counts, each)
+    # A GPU's share. To add up the adapters' gradients takes milliseconds where the cards are joined by NVLink.
+    whole = batch_tokens(counts, each) / gpus
     longest = min(counts.lengths(each.kind)[0]["max"], each.max_length) * (1 + dpo)
     fixed = fit.static_bytes(each, shape, lora, sft.load_in_4bit) + fit.head_logits(int(memory)) * fit.HEAD_BYTES
     tokens, recomputed, captured = fit.layout(memory - fit.BESIDE - fixed, shape, math.ceil(whole), longest)
@@ -286,6 +288,8 @@ def _fitted(
     ]
     seconds = [max(a, b * layers) for a, b in zip(arithmetic, launches, strict=True)]
     basis = _H200 if gpu == "H200 SXM" else f"{_H200}, and NVIDIA's data sheet for {gpu}"
+    if gpus > 1:
+        basis = f"{basis}; that {gpus} share the steps was never timed"
     value, low, high = seconds
     return Figure(value, low, high, basis), takes
 

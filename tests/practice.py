@@ -24,6 +24,7 @@ def steps(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
     kept = run.out / "kept"
     first = int(kept.read_text()) if kept.exists() else 0
     progress.phase("count")
+    (run.out / "gpus").write_text(f"{os.environ['CUDA_VISIBLE_DEVICES']} of {sys.argv[sys.argv.index('--gpus') + 1 :]}")
     of = recipe["of"]
     for step in range(first + 1, of + 1):
         if progress.stop_requested():
@@ -103,6 +104,7 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
 KINDS = {work.__name__: Kind(work, _complete) for work in (steps, fail, chatter, child, stubborn, eat)}
 # What a pipeline is made of.
 KINDS |= {stage: Kind(steps, _complete) for stage in ("sft", "dpo", "export", "probe")}
+KINDS["spread"] = Kind(steps, _complete, spreads=lambda recipe: recipe.get("spreads", True))
 KINDS["trusted"] = Kind(steps, _complete, ("HF_TOKEN",))
 
 if __name__ == "__main__":

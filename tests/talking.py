@@ -54,7 +54,7 @@ def home(tmp_path: Path, katherine_home: Home, monkeypatch: pytest.MonkeyPatch) 
     yield made
     for run, _ in queue.unfinished(made):
         queue.stop(made, run.id, kill=True)
-    until(lambda: not slot.is_held(made, "supervisor") and not slot.is_held(made, "gpu-0"))
+    until(lambda: not any(slot.is_held(made, name) for name in ("supervisor", "gpu-0", "gpu-1")))
     log = made.root / "supervisor.log"
     assert not log.exists() or log.read_text() == ""
 

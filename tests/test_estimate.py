@@ -403,8 +403,14 @@ def test_a_run_keeps_what_was_said_when_it_began_beside_what_came(home, monkeypa
 
 
 def test_a_pod_of_two_cards_costs_twice_an_hour(home, monkeypatch):
+    one = sft_on_h200(home).parts["steps"]
     monkeypatch.setattr(hardware, "here", lambda home=None: replace(H200, gpus=2))
     here = estimate.plan(home, draft(home, "k0")).estimates[0]
+    shared = here.stages["sft"].parts["steps"]
+    assert one.value / 2 <= shared.value < one.value and "never timed" in shared.basis
+    # What one GPU took says nothing of two.
+    finished(home, step=9.0, setup=60.0)
+    assert estimate.plan(home, draft(home, "k0")).estimates[0].stages["sft"].learned == 0
     assert here.dollars.value == pytest.approx(here.seconds.value / 3600 * 2 * 3.99)
     run = runs.create(home, "sft", recipe=recipe.SftRecipe().model_dump(mode="json"), who="test", dataset="k0")
     prediction.freeze(home, run)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import pipeline, queue, slot, worker
+from jobs import pipeline, queue, slot, supervisor, worker
 from jobs.supervisor import Log
 from katherine import runs, scratch
 from katherine.errors import Busy, DataError, KatherineError, NotFound, RecipeError
@@ -33,10 +33,17 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     yield home
     for run, _ in queue.unfinished(home):
         queue.stop(home, run.id, kill=True)
-    until(lambda: not slot.is_held(home, "supervisor") and not slot.is_held(home, "gpu-0"))
+    until(lambda: not any(slot.is_held(home, name) for name in ("supervisor", "gpu-0", "gpu-1")))
     until(lambda: processes_of(home) == [])
     log = home.root / "supervisor.log"
     assert not log.exists() or log.read_text() == ""
+
+
+@pytest.fixture
+def two_cards(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver with two cards, for the processes that are started."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT / "tests" / "two_cards"), os.environ["PYTHONPATH"]]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def processes_of(home: Home) -> list[int]:
@@ -483,6 +490,73 @@ def test_one_home_has_one_slot_by_whatever_path_it_is_named(home, tmp_path):
     (tmp_path / "link").symlink_to(home.root)
     with slot.take(home, "chat"), pytest.raises(Busy):
         slot.take(Home(tmp_path / "link"), "chat")
+
+
+def test_two_gpus_carry_out_two_runs_at_once_and_each_sees_its_own(home, two_cards):
+    first, second = under_way(ask(home, **LONG)), under_way(ask(home, of=100_001, seconds=0.01))
+    third = ask(home, of=2)
+    assert [(run.out / "gpus").read_text() for run in (first, second)] == ["0 of ['0']", "1 of ['1']"]
+    assert slot.holder(home, "1").run == second.id
+    assert first.status().supervisor == second.status().supervisor
+    assert third.status().state is State.queued
+    queue.stop(home, second.id)
+    # On the card that was let go, and while the other goes on.
+    assert ended(home, third).state is State.succeeded
+    assert (third.out / "gpus").read_text() == "1 of ['1']"
+    assert first.status().state is State.running
+    child = queue.submit(home, "steps", recipe={"of": 3}, who="test", parent=first.id)
+    queue.stop(home, first.id)
+    assert child.status().state is State.cancelled
+
+
+def test_what_builds_on_a_run_waits_for_it_though_another_gpu_is_idle(home, two_cards):
+    stages = {"sft": {"of": 30, "seconds": 0.01}, "dpo": {"of": 2}}
+    sft, dpo = queue.submit_chain(home, stages, who="test", dataset=None)
+    assert ended(home, dpo).started >= sft.status().ended
+
+
+def test_a_run_takes_the_gpu_that_a_chat_leaves(home, two_cards):
+    with slot.take(home, "chat", name="0"):
+        run = ask(home, of=2)
+        assert ended(home, run).state is State.succeeded
+        assert (run.out / "gpus").read_text() == "1 of ['1']"
+        with slot.take(home, "chat", name="1"):
+            waits = ask(home, of=4)
+            until(lambda: "Every GPU is held: GPU 0 by chat" in waits.status().reason)
+            assert "; GPU 1 by chat" in waits.status().reason
+        assert ended(home, waits).reason == ""
+
+
+def test_a_run_that_spreads_takes_every_gpu_that_no_other_waits_for(home, two_cards):
+    alone = under_way(ask(home, "spread", **LONG))
+    assert (alone.out / "gpus").read_text() == "0 of ['0', '1']"
+    assert {slot.holder(home, name).run for name in ("0", "1")} == {alone.id}
+    queue.stop(home, alone.id, kill=True)
+    ended(home, alone)
+    shared = queue.submit(home, "spread", recipe=LONG | {"again": True}, who="test", start=False)
+    beside = ask(home, **LONG)
+    for run, where in ((shared, "0 of ['0']"), (beside, "1 of ['1']")):
+        assert (under_way(run).out / "gpus").read_text() == where
+
+
+def test_a_run_that_cannot_be_watched_is_given_up_and_the_others_are_not(home, monkeypatch, capsys):
+    class Blind(supervisor.Supervision):
+        def watch(self) -> None:
+            if self._run.id == lost.id:
+                until((lost.out / "kept").exists)
+                raise OSError("no more descriptors")
+            super().watch()
+
+    monkeypatch.setattr(supervisor, "Supervision", Blind)
+    lost = queue.submit(home, "steps", recipe=LONG, who="test", start=False)
+    other = queue.submit(home, "steps", recipe={}, who="test", start=False)
+    place = slot.bind(home, "supervisor")
+    supervisor.drain(home, place, "practice")
+    status = lost.status()
+    assert (status.state, status.pid) == (State.interrupted, None)
+    assert "no more descriptors" in status.reason
+    assert ended(home, other).state is State.succeeded
+    assert "no more descriptors" in capsys.readouterr().err
 
 
 def test_a_worker_sees_no_secret_that_its_kind_does_not_name(home, monkeypatch):

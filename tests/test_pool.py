@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,14 +30,14 @@ from test_autostop import KEY, countdowns, enable
 from test_pod import runpod
 
 from jobs import autostop, queue, slot
-from jobs.pool import Pool, Taken, needs
+from jobs.pool import TICK, Pool, Taken, needs
 from katherine import columns, gpu, runs
 from katherine.columns import Column
 from katherine.engines import Engine
 from katherine.errors import DataError, EngineError, KatherineError
 from katherine.progress import Stopped
 from katherine.runs import Run, State
-from katherine.settings import Home
+from katherine.settings import PROJECT, Home
 
 # ruff: noqa: F401, F811  (fixtures)
 
@@ -151,6 +152,25 @@ def test_a_run_that_has_the_gpu_is_named_and_waited_for(home, pool, chosen):
             }
             assert not got.done() and pool.view().loaded == ()
         assert got.result(30)
+
+
+def test_of_two_gpus_chat_takes_the_last_and_gives_way_only_where_none_is_free(home, make_pool, chosen, monkeypatch):
+    monkeypatch.setattr(gpu, "usable", lambda: ("0", "1"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT / "tests" / "two_cards"), os.environ["PYTHONPATH"]]))
+    pool = make_pool(quiet=0, notice=0.1)
+    pid = use(pool, chosen[0])
+    held = slot.holder(home, "1")
+    assert held is not None and held.what == "chat"
+    assert b"CUDA_VISIBLE_DEVICES=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    for number in (1, 2):
+        long = queue.submit(home, "sft", recipe={"of": 100_000 + number, "seconds": 0.01}, who="test")
+        until(lambda run=long: run.status().step > 0)
+        if number == 1:
+            # The keeper has looked a few times while it ran.
+            time.sleep(3 * TICK)
+            assert is_alive(pid) and not pool.view().wanted_by
+    assert not is_alive(pid) and pool.view().loaded == ()
+    assert {slot.holder(home, name).what for name in ("0", "1")} == {"sft"}
 
 
 def test_where_there_is_no_room_for_all_they_take_turns_and_say_so(home, make_pool, chosen):

@@ -28,7 +28,7 @@ class Page:
 
     def __init__(self, at: Home, cards: list[GpuReading] | Exception):
         self.cards = cards
-        self.watch = Watch(in_use=lambda: slot.is_held(at, "gpu-0"), read=self._read, every=0.01)
+        self.watch = Watch(in_use=lambda index: not slot.free(at, [str(index)]), read=self._read, every=0.01)
         self.panel = replace(Panel.of(at), watch=self.watch)
         self.visitor = Visitor(strip, self.panel)
 
@@ -96,8 +96,19 @@ def test_a_pod_that_looks_shared_is_warned_of(page, monkeypatch):
     one = page([H200])
     monkeypatch.setattr(one.watch, "history", lambda: recorded(STARVED))
     assert "This pod looks shared" in one.html()
-    monkeypatch.setattr(one.watch, "history", lambda: recorded(STARVED, in_use=False))
+    monkeypatch.setattr(one.watch, "history", lambda: recorded(STARVED, in_use=()))
     assert "nothing of this panel runs on it" in one.html()
+
+
+def test_of_two_gpus_the_run_of_each_is_shown(page):
+    one = page([H200, replace(H200, index=1)])
+    for kind, step in (("sft", 3), ("dpo", 7)):
+        run = runs.create(one.panel.home, kind, recipe={}, who="test")
+        run.set_status(state=State.running, phase="train", attempt=1, pid=1, started=runs.now(), step=step, of=9)
+    runs.create(one.panel.home, "export", recipe={}, who="test")
+    shown = one.html()
+    assert shown.count("k-strip-card") == 2
+    assert "step 3 of 9" in shown and "step 7 of 9" in shown and shown.count("1 queued") == 1
 
 
 def test_the_run_under_way_shows_its_step_rate_and_time_left(page):

@@ -31,7 +31,7 @@ class Panel:
     @classmethod
     def of(cls, home: Home) -> "Panel":
         renderer, pool = Renderer(home), Pool(home)
-        watch = Watch(in_use=lambda: slot.is_held(home, "gpu-0"))
+        watch = Watch(in_use=lambda index: not slot.free(home, [str(index)]))
         return cls(home, History(home), watch, renderer, pool, Asking(home, pool, renderer))
 
 

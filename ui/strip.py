@@ -153,7 +153,12 @@ def _job(panel: Panel, running: list[Seen], queued: list[Seen]) -> Markup:
     if not running:
         why = Markup("<span class='k-dim' title='{0}'>{0}</span>").format(_waiting(panel, queued))
         return _lines("Nothing is running", why)
-    seen = running[0]
+    # One on each GPU at the most; what is queued waits for any of them.
+    *others, last = running
+    return Markup("").join([*(_under_way(seen) for seen in others), _under_way(last, len(queued))])
+
+
+def _under_way(seen: Seen, queued: int = 0) -> Markup:
     status = seen.status
     speed = pace.of(seen.run, status)
     phase = "stopping" if status.state is State.stopping else status.phase
@@ -161,7 +166,7 @@ def _job(panel: Panel, running: list[Seen], queued: list[Seen]) -> Markup:
     head = Markup("<b class='k-tone k-busy'>{}</b> <span title='{}'>{}</span>").format(
         runs.named(seen.kind),
         seen.id,
-        _joined(phase, steps, f"{len(queued)} queued behind it" if queued else ""),
+        _joined(phase, steps, f"{queued} queued behind it" if queued else ""),
     )
     return _lines(head, _bar(status.step / status.of if status.of else 0.0), _speed(speed))
 
