@@ -102,13 +102,18 @@ def test_a_pod_that_looks_shared_is_warned_of(page, monkeypatch):
 
 def test_of_two_gpus_the_run_of_each_is_shown(page):
     one = page([H200, replace(H200, index=1)])
-    for kind, step in (("sft", 3), ("dpo", 7)):
+    held = []
+    for card, (kind, step) in enumerate((("sft", 3), ("dpo", 7))):
         run = runs.create(one.panel.home, kind, recipe={}, who="test")
         run.set_status(state=State.running, phase="train", attempt=1, pid=1, started=runs.now(), step=step, of=9)
+        held.append(slot.take(one.panel.home, kind, run=run.id, name=str(1 - card)))
     runs.create(one.panel.home, "export", recipe={}, who="test")
     shown = one.html()
-    assert shown.count("k-strip-card") == 2
-    assert "step 3 of 9" in shown and "step 7 of 9" in shown and shown.count("1 queued") == 1
+    for each in held:
+        each.release()
+    assert shown.count("k-strip-card") == 2 and "<b>GPU 1 · NVIDIA H200</b>" in shown
+    assert "GPU 1 · train · step 3 of 9" in shown and "GPU 0 · train · step 7 of 9 · 1 queued" in shown
+    assert shown.count("1 queued") == 1
 
 
 def test_the_run_under_way_shows_its_step_rate_and_time_left(page):

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from jobs import autostop, queue
+from jobs import autostop, queue, slot
 from jobs.autostop import Phase
 from katherine import disk, pace, pod, prices, telemetry, units
 from katherine.errors import KatherineError
@@ -104,7 +104,7 @@ def _figures(panel: Panel, reading: Reading | None) -> Markup:
     running = [seen for seen in under_way if seen.status.state is not State.queued]
     queued = [seen for seen in under_way if seen.status.state is State.queued]
     return Markup("<div class='k-strip'><div>{}</div><div>{}</div><div>{}</div></div>").format(
-        _gpus(reading), _job(panel, running, queued), _ledger(panel)
+        _gpus(reading), _job(panel, running, queued, _cards_of(panel, reading)), _ledger(panel)
     )
 
 
@@ -115,10 +115,25 @@ def _gpus(reading: Reading | None) -> Markup:
         return _lines("GPU", Markup("<span class='k-tone k-bad'>no answer</span>"))
     if not reading.cards:
         return _lines("No GPU", Markup("<span class='k-dim'>the small base trains on the CPU</span>"))
-    return Markup("").join(_card(card) for card in reading.cards)
+    several = len(reading.cards) > 1
+    return Markup("").join(
+        _card(card, f"GPU {card.index} · {card.name}" if several else card.name) for card in reading.cards
+    )
 
 
-def _card(card: GpuReading) -> Markup:
+def _cards_of(panel: Panel, reading: Reading | None) -> dict[str, str]:
+    """Where there are several GPUs: run → the numbers of those that it holds, in words."""
+    found: dict[str, str] = {}
+    if reading is not None and len(reading.cards) > 1:
+        for card in reading.cards:
+            holder = slot.holder(panel.home, str(card.index))
+            if holder is not None and holder.run:
+                before = found.get(holder.run)
+                found[holder.run] = f"{before}, {card.index}" if before else f"GPU {card.index}"
+    return found
+
+
+def _card(card: GpuReading, name: str) -> Markup:
     used, total = card.memory_used, card.memory_total
     memory = None if used is None or not total else used / total
     watts = None if card.power is None or not card.power_limit else card.power / card.power_limit
@@ -132,7 +147,7 @@ def _card(card: GpuReading) -> Markup:
         ),
         _measure("power", watts, f"{card.power or 0:.0f} / {card.power_limit or 0:.0f} W"),
     ]
-    return Markup("<div class='k-strip-card'><b>{}</b>{}</div>").format(card.name, Markup("").join(measures))
+    return Markup("<div class='k-strip-card'><b>{}</b>{}</div>").format(name, Markup("").join(measures))
 
 
 def _measure(name: str, share: float | None, text: str, tone: str = "") -> Markup:
@@ -149,16 +164,17 @@ def _bar(share: float) -> Markup:
     )
 
 
-def _job(panel: Panel, running: list[Seen], queued: list[Seen]) -> Markup:
+def _job(panel: Panel, running: list[Seen], queued: list[Seen], cards: dict[str, str]) -> Markup:
     if not running:
         why = Markup("<span class='k-dim' title='{0}'>{0}</span>").format(_waiting(panel, queued))
         return _lines("Nothing is running", why)
     # One on each GPU at the most; what is queued waits for any of them.
     *others, last = running
-    return Markup("").join([*(_under_way(seen) for seen in others), _under_way(last, len(queued))])
+    each = [*(_under_way(seen, cards) for seen in others), _under_way(last, cards, len(queued))]
+    return Markup("").join(Markup("<div class='k-strip-job'>{}</div>").format(one) for one in each)
 
 
-def _under_way(seen: Seen, queued: int = 0) -> Markup:
+def _under_way(seen: Seen, cards: dict[str, str], queued: int = 0) -> Markup:
     status = seen.status
     speed = pace.of(seen.run, status)
     phase = "stopping" if status.state is State.stopping else status.phase
@@ -166,7 +182,7 @@ def _under_way(seen: Seen, queued: int = 0) -> Markup:
     head = Markup("<b class='k-tone k-busy'>{}</b> <span title='{}'>{}</span>").format(
         runs.named(seen.kind),
         seen.id,
-        _joined(phase, steps, f"{queued} queued behind it" if queued else ""),
+        _joined(cards.get(seen.id, ""), phase, steps, f"{queued} queued behind it" if queued else ""),
     )
     return _lines(head, _bar(status.step / status.of if status.of else 0.0), _speed(speed))
 
