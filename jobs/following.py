@@ -72,6 +72,8 @@ class Followers:
         reason, remedy = f"The process on GPU {name} left with exit code {process.returncode}.", _REMEDY
         if process.returncode < 0:
             reason = f"The process on GPU {name} was ended ({signal.Signals(-process.returncode).name})."
+        if process.returncode == -signal.SIGKILL:
+            remedy = f"{_REMEDY} If it happens again, the machine has too little memory for so many GPUs at once."
         with suppress(ValueError):
             told = json.loads(said)
             reason, remedy = f"{told['reason']} (GPU {name})", told["remedy"]

@@ -287,14 +287,22 @@ def marked(run: Run) -> str:
     return os.path.realpath(run.path)
 
 
-def end_leftovers(run: Run) -> None:
-    """Kill whatever processes of the run are still there, wherever they have put themselves."""
+def end_leftovers(run: Run, patience: float = 0.0) -> None:
+    """Kill whatever processes of the run are still there, wherever they have put themselves, and wait up to `patience`
+    seconds for their end: the memory of a GPU comes back with it."""
     mark = f"{MARK}={marked(run)}".encode(errors="surrogateescape")
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            with suppress(OSError):
-                if mark in (process / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), signal.SIGKILL)
+    deadline = time.monotonic() + patience
+    while True:
+        found = False
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                with suppress(OSError):
+                    if mark in (process / "environ").read_bytes().split(b"\0"):
+                        os.kill(int(process.name), signal.SIGKILL)
+                        found = True
+        if not found or time.monotonic() > deadline:
+            return
+        time.sleep(0.05)
 
 
 def _is_supervised(status: Status) -> bool:

@@ -48,8 +48,10 @@ class Slot:
     def release(self) -> None:
         """Let go. A child that inherited the descriptor holds on until it ends."""
         if self._held.fileno() != -1:
-            # In this order, so that the next holder's note is never the one removed.
-            self._note.unlink(missing_ok=True)
+            # In this order, so that the next holder's note is never the one removed. A volume that fails must not
+            # keep the GPU.
+            with suppress(OSError):
+                self._note.unlink(missing_ok=True)
             self._held.close()
 
     def __enter__(self) -> "Slot":

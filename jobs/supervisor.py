@@ -25,7 +25,7 @@ from jobs.queue import MARK
 from jobs.slot import Slot
 from jobs.worker import lower
 from katherine import gpu, runs, scratch
-from katherine.errors import Busy
+from katherine.errors import Busy, KatherineError, SetupError
 from katherine.runs import Run, State
 from katherine.settings import Home, child_environment
 
@@ -152,7 +152,7 @@ class Supervision:
             self._save_sometimes()
         # The worker is dead but not yet waited for, so its group's number cannot have passed to anybody else.
         self._signal(signal.SIGKILL)
-        queue.end_leftovers(self._run)
+        queue.end_leftovers(self._run, LEAVING)
         code = self._worker.wait()
         while self._listen(0):
             pass
@@ -332,14 +332,25 @@ class Crew:
             Supervision(self._home, run, held, self._worker).watch()
         except Exception as error:
             # The others go on.
-            traceback.print_exc()
-            queue.give_up(self._home, run, f"It could not be watched any longer ({type(error).__name__}: {error}).")
+            _report(f"{run.id} cannot be watched any longer")
+            self._give_up(run, f"It could not be watched any longer ({type(error).__name__}: {error}).")
         finally:
             for each in held:
                 each.release()
             self.last = run
             self._under_way.remove(run.id)
             self.ended.set()
+
+    def _give_up(self, run: Run, why: str) -> None:
+        """However long a full disk or a volume that is gone keeps it from being written: while this process lives,
+        nobody else may say that the run has ended."""
+        while True:
+            try:
+                queue.give_up(self._home, run, why)
+                return
+            except (OSError, KatherineError):
+                _report(f"{run.id} cannot be given up yet")
+                time.sleep(BUSY)
 
 
 def drain(home: Home, place: socket.socket, worker: str) -> None:
@@ -353,28 +364,23 @@ def drain(home: Home, place: socket.socket, worker: str) -> None:
         if crew and not slot.free(home, cards):
             crew.ended.wait(BUSY)
             continue
-        with slot.mutex(home):
-            run = queue.next_runnable(home)
-            if run is None and not crew:
-                # Given up under the mutex: whoever queues a run next finds the place free and starts a supervisor.
-                place.close()
-                break
+        try:
+            with slot.mutex(home):
+                run = queue.next_runnable(home)
+                if run is None and not crew:
+                    # Given up under the mutex: whoever queues a run next finds the place free and starts a supervisor.
+                    place.close()
+                    break
+            if run is not None:
+                _start(home, run, cards, crew, worker)
+        except (OSError, Busy):
+            # A disk that is full or gone. Whoever waits may start another supervisor, once this one is watching nobody.
+            if not crew:
+                raise
+            _report("the queue cannot be read")
+            run = None
         if run is None:
             crew.ended.wait(BUSY)
-            continue
-        try:
-            held = [slot.take_one(home, run.record.kind, cards, run=run.id)]
-        except Busy as busy:
-            _say_why_waiting(home, run, str(busy))
-            time.sleep(SAVE)
-            continue
-        if _begin(home, run):
-            kind = queue.worker_module(worker).KINDS.get(run.record.kind)
-            if kind and kind.spreads(run.record.recipe):
-                held += _idle(home, cards, run)
-            crew.carry_out(run, held)
-        else:
-            held[0].release()
     if crew.last is not None:
         try:
             autostop.begin(home, crew.last.id)
@@ -382,14 +388,52 @@ def drain(home: Home, place: socket.socket, worker: str) -> None:
             print(f"{runs.now()} auto-stop could not begin: {error}", file=sys.stderr)
 
 
-def _idle(home: Home, cards: Sequence[str], run: Run) -> list[Slot]:
-    """The GPUs that nobody has and no other run waits for, taken for the run as well."""
+def _start(home: Home, run: Run, cards: Sequence[str], crew: Crew, worker: str) -> None:
+    """Hand the run to the crew with a GPU, or say why it has to wait."""
+    try:
+        held = [slot.take_one(home, run.record.kind, cards, run=run.id)]
+    except Busy as busy:
+        _say_why_waiting(home, run, str(busy))
+        time.sleep(SAVE)
+        return
+    begun = False
+    try:
+        kind = queue.worker_module(worker).KINDS.get(run.record.kind)
+        if kind and len(cards) > 1 and kind.spreads(home, run.record.recipe):
+            held += _idle(home, cards, held[0].name, run)
+        # The last that can fail: what is under way must have a worker.
+        begun = _begin(home, run)
+    finally:
+        if not begun:
+            for each in held:
+                each.release()
+    if begun:
+        crew.carry_out(run, held)
+
+
+def _idle(home: Home, cards: Sequence[str], first: str, run: Run) -> list[Slot]:
+    """GPUs like the first that nobody has and no other run waits for, taken for the run as well."""
+    if any(other.id != run.id for other in queue.waiting(home)):
+        return []
     found: list[Slot] = []
-    if next(queue.waiting(home), None) is None:
+    try:
+        mine = gpu.of(first)
         for name in slot.free(home, cards):
-            with suppress(Busy):
-                found.append(slot.take(home, run.record.kind, run=run.id, name=name))
+            card = gpu.of(name)
+            # Slices of one card are no GPUs of their own to NCCL, and unlike cards would not lay the step out alike.
+            like = mine and card and (card.name, card.memory_total) == (mine.name, mine.memory_total)
+            if mine and card and like and card.index != mine.index:
+                with suppress(Busy):
+                    found.append(slot.take(home, run.record.kind, run=run.id, name=name))
+    except SetupError:
+        pass  # a driver that does not answer: the run will say so
     return found
+
+
+def _report(what: str) -> None:
+    # The disk that this goes to may be what failed.
+    with suppress(OSError):
+        print(f"{runs.now()} {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
 
 def _say_why_waiting(home: Home, run: Run, why: str) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jobs import obstacles, queue
 from jobs.following import Followers
@@ -38,14 +38,14 @@ class Kind:
     with its defaults filled in, or RecipeError. secrets: names of secrets that its process may see. obstacles: given
     the home, a dataset's id and a recipe, why the work would fail, as far as can be told beforehand. frozen: texts that
     the run keeps in its out folder from its birth, since they may change before it begins: file name → text. spreads:
-    whether the work of such a recipe is done on several GPUs at once, where they are idle."""
+    given the home and a recipe, whether the work is shared by several GPUs, where they are idle."""
 
     work: Callable[[Home, Run, Progress], dict[str, Any]]
     complete: Callable[[dict[str, Any]], dict[str, Any]]
     secrets: tuple[str, ...] = ()
     obstacles: Callable[[Home, str, dict[str, Any]], list[str]] = lambda home, dataset, recipe: []
     frozen: Callable[[Home, dict[str, Any]], dict[str, str]] = lambda home, recipe: {}
-    spreads: Callable[[dict[str, Any]], bool] = lambda recipe: False
+    spreads: Callable[[Home, dict[str, Any]], bool] = lambda home, recipe: False
 
 
 def _complete(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +65,15 @@ def _sft(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
     from katherine import sft
 
     return sft.train(dataset, _recipe(run), run.out, progress)
+
+
+def _sft_spreads(home: Home, recipe: dict[str, Any]) -> bool:
+    """A training as its recipe is written is one process's: its batches would no longer be those of the recipe."""
+    if not recipe.get("fit"):
+        return False
+    from katherine import fit
+
+    return fit.obstacle_of(home, recipe["base"]) == ""
 
 
 def _dpo(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
@@ -100,8 +109,7 @@ def _probe_set(home: Home, recipe: dict[str, Any]) -> dict[str, str]:
 # Those that look for the base on the hub, where some bases open only to a token that accepted their terms.
 _HUB = ("HF_READ_TOKEN",)
 KINDS = {
-    # A training as its recipe is written is one process's: its batches would no longer be those of the recipe.
-    "sft": Kind(_sft, partial(_complete, "sft"), _HUB, obstacles.sft, spreads=lambda recipe: bool(recipe.get("fit"))),
+    "sft": Kind(_sft, partial(_complete, "sft"), _HUB, obstacles.sft, spreads=_sft_spreads),
     "dpo": Kind(_dpo, partial(_complete, "dpo"), _HUB, obstacles.dpo),
     "export": Kind(_export, partial(_complete, "export"), _HUB, obstacles.export),
     "probe": Kind(_probe, partial(_complete, "probe"), _HUB, obstacles.probe, _probe_set),
@@ -274,9 +282,10 @@ def die_with(supervisor: int) -> None:
         os._exit(1)
 
 
-def _abandon(progress: RunProgress, reason: str, remedy: str) -> None:
-    """For another thread than the one that works, which waits for a process that is gone."""
+def _abandon(progress: RunProgress, reason: str, remedy: str) -> NoReturn:
+    """The end of one of several processes: the threads and libraries of this one may be waiting for another."""
     progress.failed(reason, remedy)
+    sys.stdout.flush()
     os._exit(1)
 
 
@@ -340,7 +349,10 @@ def main(kinds: dict[str, Kind]) -> int:
         traceback.print_exc()
         # Where the process on another GPU has failed, this one knows only that it was left.
         left = followers.why() if followers and not isinstance(error, KatherineError) else None
-        progress.failed(*(left or explain(error, run)))
+        reason, remedy = left or explain(error, run)
+        if followers:
+            _abandon(progress, reason, remedy)
+        progress.failed(reason, remedy)
         return 1
     progress.tell(end="succeeded")
     return 0

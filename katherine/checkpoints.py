@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,9 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
         doomed = self.folder / f".checkpoint-{step}-{time.monotonic_ns()}"
-        self.path(step).rename(doomed)
+        # Of several processes that find it damaged, another may have been quicker.
+        with suppress(FileNotFoundError):
+            self.path(step).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from katherine import disk, experience, export, gguf, hardware, prices, shapes, shelf, units, yardstick
+from katherine import disk, experience, export, gguf, gpu, hardware, prices, shapes, shelf, units, yardstick
 from katherine.checkpoints import KEEP
 from katherine.drafts import Draft
 from katherine.errors import KatherineError
@@ -140,7 +140,8 @@ def machines(home: Home) -> list[Machine]:
     here = hardware.here()
     kind = prices.kind(here.gpu)
     memory = here.gpu_memory if kind else None
-    found = [Machine(kind, True, memory, here.cores, prices.hourly(home, here.gpu), here.gpus, max(here.gpus, 1))]
+    price = prices.hourly(home, here.gpu)
+    found = [Machine(kind, True, memory, here.cores, price, here.gpus, len(gpu.usable()))]
     for name, price in prices.listed(home).items():
         if name != kind:
             sheet = SHEETS.get(name)

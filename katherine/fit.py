@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from katherine import shapes
+from katherine import gpu, settings, shapes
 from katherine.adapters import Lora
+from katherine.errors import SetupError
 from katherine.gpu import GpuReading
 from katherine.progress import Progress
 from katherine.recipe import DpoRecipe, SftRecipe
-from katherine.settings import home
+from katherine.settings import Home
 from katherine.shapes import Shape
 
 # transformers' classes whose packed reading is proven equal to their own, by tests.
@@ -31,6 +32,8 @@ HEAD_BYTES = 12
 CAPTURE_FACTOR = 2.1
 # What CUDA itself, the allocator's rounding and the vision tower (0.9 GiB) take.
 BESIDE = 2.0 * 2**30
+# What NCCL keeps for the sums of several processes, and the gradients end to end; a guess, never measured.
+NCCL = 1.0 * 2**30
 # Fewer tokens than this at once leave a large GPU idle between kernels; with fewer, recomputing is the better way out.
 ENOUGH = 2048
 LEAST = 256
@@ -96,6 +99,17 @@ def obstacle(config: Mapping[str, Any], card: GpuReading | None) -> str:
     return ""
 
 
+def obstacle_of(home: Home, base: str) -> str:
+    """As obstacle, for a base by name on this machine, before anything is fetched."""
+    config = shapes.config(home, base)
+    if config is None:
+        return f"nothing is known of {base} before it is fetched"
+    try:
+        return obstacle(config, gpu.mine())
+    except SetupError as unwell:
+        return str(unwell)
+
+
 def lay_out(
     recipe: SftRecipe | DpoRecipe,
     checkpoint: Path,
@@ -107,7 +121,7 @@ def lay_out(
     processes: int = 1,
 ) -> Fit:
     """As choose, for the base in `checkpoint`, and said."""
-    found = choose(recipe, shapes.of(home(), str(checkpoint)), card, units, lora, four_bit, processes)
+    found = choose(recipe, shapes.of(settings.home(), str(checkpoint)), card, units, lora, four_bit, processes)
     for line in found.lines:
         progress.say(line)
     return found
@@ -145,7 +159,8 @@ def choose(
         )
     logits = head_logits(card.memory_total)
     free = card.memory_total - (card.memory_used or 0)
-    room = free - BESIDE - static_bytes(recipe, shape, lora, four_bit) - logits * HEAD_BYTES
+    beside = BESIDE + (NCCL if processes > 1 else 0)
+    room = free - beside - static_bytes(recipe, shape, lora, four_bit) - logits * HEAD_BYTES
     tokens, recomputed, captured = layout(room, shape, whole, longest)
     coarse = 512 if whole >= 2048 else 128
     multiples = Multiples(coarse, rows, 64, 32) if captured else _LOOSE

@@ -15,7 +15,7 @@ class GpuReading:
 
     memory_total, memory_used: bytes. utilisation: percent of the last sample period in which a kernel ran.
     power, power_limit: watts. driver: its version. cuda: the newest CUDA that the driver runs, such as "12.8".
-    compute_capability: such as "9.0".
+    compute_capability: such as "9.0". uuid: as CUDA_VISIBLE_DEVICES may name it.
     """
 
     index: int
@@ -28,6 +28,7 @@ class GpuReading:
     utilisation: int | None
     power: float | None
     power_limit: float | None
+    uuid: str = ""
 
 
 def read() -> list[GpuReading]:
@@ -62,24 +63,26 @@ PROCESSOR = "0"
 
 def usable() -> tuple[str, ...]:
     """The cards that this process may compute on, as CUDA_VISIBLE_DEVICES names them; all where it is not set. Without
-    a card, or a driver that answers, the processor stands for one: there is always one at least."""
+    a card the processor stands for one: there is always one at least."""
+    told = _told()
     try:
         cards = read()
     except SetupError:
-        cards = []
-    told = _told()
+        # It may answer again; until then nobody takes a card that was not named.
+        return tuple(told or ()) or (PROCESSOR,)
     if told is None:
         return tuple(str(card.index) for card in cards) or (PROCESSOR,)
     return tuple(name for name in told if cards and (not name.isdigit() or int(name) < len(cards))) or (PROCESSOR,)
 
 
 def of(name: str) -> GpuReading | None:
-    """The card of that name; the first where the name is no number of one. None without a GPU. Raises SetupError as
-    read does."""
+    """The card of that name, a number or the beginning of a UUID; the first where there is no such card. None without
+    a GPU. Raises SetupError as read does."""
     cards = read()
     if name.isdigit() and int(name) < len(cards):
         return cards[int(name)]
-    return cards[0] if cards else None
+    named = [card for card in cards if card.uuid and card.uuid.startswith(name)]
+    return next(iter([*named, *cards]), None)
 
 
 def mine() -> GpuReading | None:
@@ -128,6 +131,7 @@ def _card(nvml: Any, index: int, driver: str, cuda: str) -> GpuReading:
         utilisation=None if load is None else int(load.gpu),
         power=None if power is None else power / 1000,
         power_limit=None if limit is None else limit / 1000,
+        uuid=reported(nvml.nvmlDeviceGetUUID) or "",
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from katherine.progress import Stopped
+
 # Loading from a slow volume takes one process minutes longer than another; what is lost is noticed by its end.
 PATIENCE = timedelta(minutes=20)
 
@@ -54,23 +56,31 @@ def undivided() -> Rank:
 
 @contextmanager
 def together(rank: Rank) -> Iterator[None]:
-    """Within, `total` adds up over the processes; entering waits for all of them."""
+    """Within, `total` adds up over the processes; entering waits for all of them. One that leaves by an error does not
+    wait for the others, who may be waiting for it: its process must end."""
     if rank.of == 1:
         yield
         return
     import torch
 
+    cuda = torch.cuda.is_available()
+
     torch.distributed.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        "nccl" if cuda else "gloo",
         init_method=f"file://{rank.meeting}",
         rank=rank.index,
         world_size=rank.of,
         timeout=PATIENCE,
     )
+    # NCCL connects and takes its memory at the first sum: now, before a training fills the card.
+    total(torch.zeros(1, device="cuda" if cuda else "cpu"))
     try:
         yield
-    finally:
+    except Stopped:
+        # All stop at the same step.
         torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
 
 
 def total(values: Any) -> Any:

@@ -12,6 +12,7 @@ from katherine.settings import Home
 
 # transformers 5.17.0: Qwen3_5TextConfig(), which is the published 9B's language model.
 _QWEN35_9B = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
     "model_type": "qwen3_5_text",
     "vocab_size": 248_320,
     "hidden_size": 4096,
@@ -29,6 +30,7 @@ _QWEN35_9B = {
 }
 # The config.json that the small base's package yields.
 _SMALL = {
+    "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 49_152,
     "hidden_size": 576,
@@ -99,15 +101,23 @@ class Shape:
 
 
 def of(home: Home, base: str) -> Shape | None:
-    """The shape of a base by name, from a folder, the hub's cache, or what is known of the usual ones. None where
-    its config is not at hand, or describes another build (a mixture of experts, say)."""
+    """The shape of a base by name. None where its config is not at hand, or describes another build (a mixture of
+    experts, say)."""
+    found = config(home, base)
+    return _read(found) if found is not None else None
+
+
+def config(home: Home, base: str) -> dict[str, Any] | None:
+    """What a base's config.json says, from a folder, the hub's cache, or what is known of the usual ones; None where
+    it is not at hand or cannot be read."""
     for place in (Path(base).expanduser(), *_fetched(home, base)):
         if (place / "config.json").is_file():
             try:
-                return _read(json.loads((place / "config.json").read_bytes()))
+                found = json.loads((place / "config.json").read_bytes())
             except (OSError, ValueError):
                 return None
-    return _read(KNOWN[base]) if base in KNOWN else None
+            return found if isinstance(found, dict) else None
+    return KNOWN.get(base)
 
 
 def fetched(home: Home, base: str) -> bool:
@@ -121,9 +131,7 @@ def _fetched(home: Home, base: str) -> list[Path]:
     return sorted((home.cache / "hub" / f"models--{base.replace('/', '--')}" / "snapshots").glob("*"))
 
 
-def _read(config: Any) -> Shape | None:
-    if not isinstance(config, dict):
-        return None
+def _read(config: dict[str, Any]) -> Shape | None:
     text = config.get("text_config") or config
     if any("expert" in name and value for name, value in text.items()):
         return None

@@ -30,7 +30,9 @@ def steps(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
         if progress.stop_requested():
             raise Stopped
         time.sleep(recipe.get("seconds", 0))
-        kept.write_text(str(step))
+        # Whole or not at all, since the tests kill at any moment.
+        kept.with_name(".kept").write_text(str(step))
+        kept.with_name(".kept").replace(kept)
         progress.metric(step=step, loss=0.0)
         progress.step(step, of)
     return {"first": first + 1, "last": of}
@@ -104,7 +106,7 @@ def _complete(values: dict[str, Any]) -> dict[str, Any]:
 KINDS = {work.__name__: Kind(work, _complete) for work in (steps, fail, chatter, child, stubborn, eat)}
 # What a pipeline is made of.
 KINDS |= {stage: Kind(steps, _complete) for stage in ("sft", "dpo", "export", "probe")}
-KINDS["spread"] = Kind(steps, _complete, spreads=lambda recipe: recipe.get("spreads", True))
+KINDS["spread"] = Kind(steps, _complete, spreads=lambda home, recipe: recipe.get("spreads", True))
 KINDS["trusted"] = Kind(steps, _complete, ("HF_TOKEN",))
 
 if __name__ == "__main__":

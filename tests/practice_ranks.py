@@ -44,7 +44,7 @@ def sft(home: Home, run: Run, progress: Progress) -> dict[str, Any]:
     return REAL["sft"].work(home, run, progress)
 
 
-KINDS = {"sft": worker.Kind(sft, REAL["sft"].complete, spreads=lambda recipe: True)}
+KINDS = {"sft": worker.Kind(sft, REAL["sft"].complete, spreads=lambda home, recipe: True)}
 
 if __name__ == "__main__":
     sys.exit(worker.main(KINDS))

@@ -13,7 +13,7 @@ import pytest
 from counted import write_dataset
 
 from jobs import queue, slot
-from katherine import estimate, experience, hardware, prediction, prices, recipe, runs, shapes, yardstick
+from katherine import estimate, experience, gpu, hardware, prediction, prices, recipe, runs, shapes, yardstick
 from katherine.drafts import Draft
 from katherine.errors import DataError
 from katherine.estimate import Machine
@@ -405,6 +405,7 @@ def test_a_run_keeps_what_was_said_when_it_began_beside_what_came(home, monkeypa
 def test_a_pod_of_two_cards_costs_twice_an_hour(home, monkeypatch):
     one = sft_on_h200(home).parts["steps"]
     monkeypatch.setattr(hardware, "here", lambda home=None: replace(H200, gpus=2))
+    monkeypatch.setattr(gpu, "usable", lambda: ("0", "1"))
     here = estimate.plan(home, draft(home, "k0")).estimates[0]
     shared = here.stages["sft"].parts["steps"]
     assert one.value / 2 <= shared.value < one.value and "never timed" in shared.basis

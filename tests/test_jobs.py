@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -557,6 +558,37 @@ def test_a_run_that_cannot_be_watched_is_given_up_and_the_others_are_not(home, m
     assert "no more descriptors" in status.reason
     assert ended(home, other).state is State.succeeded
     assert "no more descriptors" in capsys.readouterr().err
+
+
+def test_a_queue_that_cannot_be_read_while_a_run_is_watched_is_read_again(home, two_cards, monkeypatch, capsys):
+    monkeypatch.setattr(supervisor, "BUSY", 0.05)
+    monkeypatch.setattr(supervisor.gpu, "usable", lambda: ("0", "1"))
+    real, failures = queue.next_runnable, []
+
+    def moody(home: Home) -> Run | None:
+        if len(failures) < 3 and slot.is_held(home, "gpu-0"):
+            failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
+            raise failures[-1]
+        return real(home)
+
+    monkeypatch.setattr(queue, "next_runnable", moody)
+    first, second = (
+        queue.submit(home, "steps", recipe={"of": of, "seconds": 0.01}, who="test", start=False) for of in (50, 3)
+    )
+    place = slot.bind(home, "supervisor")
+    supervisor.drain(home, place, "practice")
+    assert len(failures) == 3 and capsys.readouterr().err.count("the queue cannot be read") == 3
+    assert {first.status().state, second.status().state} == {State.succeeded}
+    assert (second.out / "gpus").read_text() == "1 of ['1']"
+
+
+def test_an_sft_is_shared_only_where_it_can_be(home, tmp_path):
+    spreads = worker.KINDS["sft"].spreads
+    assert spreads(home, {"fit": True, "base": "Qwen/Qwen3.5-9B"})
+    assert not spreads(home, {"fit": False, "base": "Qwen/Qwen3.5-9B"})
+    assert not spreads(home, {"fit": True, "base": "nobody/knows-it"})
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"]}))
+    assert not spreads(home, {"fit": True, "base": str(tmp_path)})
 
 
 def test_a_worker_sees_no_secret_that_its_kind_does_not_name(home, monkeypatch):

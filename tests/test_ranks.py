@@ -190,6 +190,24 @@ def test_what_two_kept_two_resume(home, tiny_llama):
     assert all(row["loss"] == logged[row["step"]] for row in made_twice)
 
 
+def test_a_damaged_checkpoint_is_found_by_both_and_passed_over(home, tiny_llama):
+    run = asked(home, tiny_llama, **LONG, save_steps=5)
+    with begun(home, run, 2) as worker:
+        until(lambda: len(worker.losses()) > 12)
+        queue.control(run).write_text("keep")
+        worker.wait()
+    queue.control(run).unlink()
+    kept = sorted((run.out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    weights = kept[-1] / "optimizer.pt"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    before = len(list(run.metrics()))
+    with begun(home, run, 2) as worker:
+        until(lambda: len(list(run.metrics())) > before)
+        queue.control(run).write_text("keep")
+        assert worker.wait() == {"end": "stopped"}, worker.log.read_text()
+    assert list(run.metrics())[before]["step"] == int(kept[-2].name.split("-")[1]) + 1
+
+
 def test_a_process_without_memory_has_the_step_done_again_by_all(home, tiny_llama):
     one = carried_out(home, asked(home, tiny_llama), 1)
     run = asked(home, tiny_llama)

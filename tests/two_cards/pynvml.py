@@ -61,6 +61,10 @@ def nvmlDeviceGetName(card: int) -> str:
     return "NVIDIA H200"
 
 
+def nvmlDeviceGetUUID(card: int) -> str:
+    return f"GPU-{card}{card}{card}{card}"
+
+
 def nvmlDeviceGetMemoryInfo(card: int, version: int) -> _Memory:
     return _Memory()
 
