@@ -26,6 +26,7 @@ from katherine.runs import Run
 from katherine.settings import PROJECT, Home
 
 PATIENCE = 60.0
+PATH = [str(PROJECT), str(PROJECT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
 # A hundred and fifty steps.
 LONG = {"num_train_epochs": 50, "gradient_accumulation_steps": 1}
 
@@ -40,9 +41,9 @@ class Worker:
     log: Path
     told: list[dict[str, Any]] = field(default_factory=list)
 
-    def wait(self) -> dict[str, Any]:
+    def wait(self, patience: float = PATIENCE) -> dict[str, Any]:
         """How it said it ended."""
-        self.process.wait(PATIENCE)
+        self.process.wait(patience)
         with os.fdopen(self.report) as lines:
             self.told = [json.loads(line) for line in lines]
         return self.told[-1] if self.told else {}
@@ -108,9 +109,9 @@ def asked(home: Home, base: Path, **changes: Any) -> Run:
     return runs.create(home, "sft", recipe=recipe, who="test", dataset="tiny")
 
 
-def carried_out(home: Home, run: Run, gpus: int, module: str = "jobs.worker") -> Worker:
+def carried_out(home: Home, run: Run, gpus: int, module: str = "jobs.worker", patience: float = PATIENCE) -> Worker:
     with begun(home, run, gpus, module) as worker:
-        assert worker.wait() == {"end": "succeeded"}, worker.log.read_text()
+        assert worker.wait(patience) == {"end": "succeeded"}, worker.log.read_text()
         return worker
 
 
