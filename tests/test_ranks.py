@@ -27,6 +27,8 @@ from katherine.settings import PROJECT, Home
 
 PATIENCE = 60.0
 PATH = [str(PROJECT), str(PROJECT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+# With a pause in every step.
+SLOWLY = "practice_ranks"
 # A hundred and fifty steps.
 LONG = {"num_train_epochs": 50, "gradient_accumulation_steps": 1}
 
@@ -158,7 +160,7 @@ def test_two_processes_make_the_steps_of_one(home, base, request):
 def test_a_stop_keeps_the_step_that_both_made_and_one_process_may_go_on(home, tiny_llama):
     whole = carried_out(home, asked(home, tiny_llama, num_train_epochs=20, save_steps=50), 1)
     run = asked(home, tiny_llama, num_train_epochs=20, save_steps=50)
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: len(worker.losses()) >= 2)
         queue.control(run).write_text("keep")
         assert worker.wait() == {"end": "stopped"}, worker.log.read_text()
@@ -174,13 +176,13 @@ def test_a_stop_keeps_the_step_that_both_made_and_one_process_may_go_on(home, ti
 def test_what_two_kept_two_resume(home, tiny_llama):
     # With dropout, whose random numbers are each process's own.
     run = asked(home, tiny_llama, **LONG, save_steps=5, lora_dropout=0.2)
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: (run.out / "checkpoints" / "checkpoint-5").is_dir())
         # As the supervisor does, when it is to be quick.
         os.killpg(worker.process.pid, signal.SIGKILL)
         until(lambda: worker.followers() == [])
     before = list(run.metrics())
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: len(list(run.metrics())) > len(before) + 3)
         queue.control(run).write_text("keep")
         assert worker.wait() == {"end": "stopped"}, worker.log.read_text()
@@ -193,7 +195,7 @@ def test_what_two_kept_two_resume(home, tiny_llama):
 
 def test_a_damaged_checkpoint_is_found_by_both_and_passed_over(home, tiny_llama):
     run = asked(home, tiny_llama, **LONG, save_steps=5)
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: len(worker.losses()) > 12)
         queue.control(run).write_text("keep")
         worker.wait()
@@ -202,7 +204,7 @@ def test_a_damaged_checkpoint_is_found_by_both_and_passed_over(home, tiny_llama)
     weights = kept[-1] / "optimizer.pt"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     before = len(list(run.metrics()))
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: len(list(run.metrics())) > before)
         queue.control(run).write_text("keep")
         assert worker.wait() == {"end": "stopped"}, worker.log.read_text()
@@ -213,7 +215,7 @@ def test_a_process_without_memory_has_the_step_done_again_by_all(home, tiny_llam
     one = carried_out(home, asked(home, tiny_llama), 1)
     run = asked(home, tiny_llama)
     (run.out / "mishap").write_text("no memory")
-    two = carried_out(home, run, 2, "practice_ranks")
+    two = carried_out(home, run, 2, SLOWLY)
     assert list(two.losses().values()) == pytest.approx(list(one.losses().values()), rel=2e-3)
     assert alike(weights(two.run), weights(one.run))
 
@@ -221,7 +223,7 @@ def test_a_process_without_memory_has_the_step_done_again_by_all(home, tiny_llam
 def test_processes_that_read_other_steps_are_found_out(home, tiny_llama):
     run = asked(home, tiny_llama)
     (run.out / "mishap").write_text("other examples")
-    with begun(home, run, 2, "practice_ranks") as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         end = worker.wait()
     assert end["end"] == "failed" and "do not read the same steps" in end["reason"]
     assert worker.losses() == {}
@@ -229,7 +231,7 @@ def test_processes_that_read_other_steps_are_found_out(home, tiny_llama):
 
 def test_a_lost_follower_ends_the_run_in_words(home, tiny_llama):
     run = asked(home, tiny_llama, **LONG)
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: len(worker.losses()) >= 2)
         (follower,) = worker.followers()
         os.kill(follower, signal.SIGKILL)
@@ -241,7 +243,7 @@ def test_a_lost_follower_ends_the_run_in_words(home, tiny_llama):
 def test_a_follower_says_why_it_failed(home, tiny_llama, mishap, line):
     run = asked(home, tiny_llama)
     (run.out / "mishap").write_text(mishap)
-    with begun(home, run, 2, "practice_ranks") as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         end = worker.wait()
     assert worker.process.returncode == 1
     assert end == {
@@ -253,7 +255,7 @@ def test_a_follower_says_why_it_failed(home, tiny_llama, mishap, line):
 
 def test_a_leader_that_dies_takes_its_followers_with_it(home, tiny_llama):
     run = asked(home, tiny_llama, **LONG)
-    with begun(home, run, 2) as worker:
+    with begun(home, run, 2, SLOWLY) as worker:
         until(lambda: len(worker.losses()) >= 1)
         assert len(worker.followers()) == 1
         worker.process.kill()
