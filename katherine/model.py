@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from katherine import adapters, gpu
+from katherine import kernels as measured
 from katherine.errors import ModelError, RecipeError, SetupError
 from katherine.fit import Fit
 from katherine.progress import Progress
@@ -78,9 +79,14 @@ def settle(home: Home, progress: Progress) -> None:
         ("TRITON_CACHE_DIR", "triton"),
         ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
         ("UNSLOTH_COMPILE_LOCATION", "unsloth_compiled_cache"),
+        ("TILELANG_CACHE_DIR", "tilelang"),
     ):
         (kernels / folder).mkdir(parents=True, exist_ok=True)
         os.environ[variable] = str(kernels / folder)
+    # Whoever has set it himself wants otherwise.
+    card = gpu.mine()
+    if card and "FLA_CACHE_MODE" not in os.environ:
+        os.environ |= measured.hand_over(kernels / "fla", card.compute_capability)
     progress.say(f"Compiled kernels are kept in {kernels}.")
 
 
