@@ -328,8 +328,7 @@ class _Count:
             if not queue.blocked(self._home, seen.run):
                 raise _Cancelled(f"Run {seen.id} was queued: the pod is in use.")
         # What is loaded to chat with was used within the last minutes: the pool unloads it otherwise.
-        holders = [slot.holder(self._home, card) for card in gpu.usable()]
-        if any(holder is not None and holder.what == "chat" for holder in holders):
+        if slot.chatting(self._home, gpu.usable()):
             raise _Cancelled("Somebody is chatting: the pod is in use.")
         if busy := errands.under_way(self._home):
             raise _Cancelled(f"Errand {busy[0].id} is under way: the pod is in use.")

@@ -114,6 +114,12 @@ def _title(name: str) -> str:
     return "The GPU" if name == PROCESSOR else f"GPU {name}"
 
 
+def chatting(home: Home, names: Sequence[str]) -> bool:
+    """Whether somebody chats on one of the GPUs."""
+    holders = [holder(home, name) for name in names]
+    return any(each is not None and each.what == "chat" for each in holders)
+
+
 def _described(home: Home, name: str) -> str:
     who = holder(home, name)
     if who is None:

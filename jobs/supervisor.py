@@ -361,7 +361,8 @@ def drain(home: Home, place: socket.socket, worker: str) -> None:
     while True:
         # What ends from here on is noticed at once, however long it is waited for.
         crew.ended.clear()
-        if crew and not slot.free(home, cards):
+        if crew and not slot.free(home, cards) and not slot.chatting(home, cards):
+            # Ours hold every GPU; who waits for a chat is told so.
             crew.ended.wait(BUSY)
             continue
         try:

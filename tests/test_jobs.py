@@ -521,6 +521,13 @@ def test_a_run_takes_the_gpu_that_a_chat_leaves(home, two_cards):
         run = ask(home, of=2)
         assert ended(home, run).state is State.succeeded
         assert (run.out / "gpus").read_text() == "1 of ['1']"
+        # Also while one of the cards is a run's.
+        long = under_way(ask(home, **LONG))
+        beside = ask(home, of=5)
+        until(lambda: f"GPU 0 by chat (process {os.getpid()})" in beside.status().reason)
+        assert f"GPU 1 by run {long.id}" in beside.status().reason
+        queue.stop(home, long.id)
+        assert ended(home, beside).state is State.succeeded
         with slot.take(home, "chat", name="1"):
             waits = ask(home, of=4)
             until(lambda: "Every GPU is held: GPU 0 by chat" in waits.status().reason)
