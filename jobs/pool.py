@@ -437,7 +437,11 @@ class Pool:
 
     def _next_run(self) -> Run | None:
         """The run that a supervisor is about to begin with; without a supervisor there is nothing to read."""
-        return queue.first_waiting(self._home) if slot.is_held(self._home, "supervisor") else None
+        if not slot.is_held(self._home, "supervisor"):
+            return None
+        # One that has its GPU already is queued for a moment longer.
+        holding = {holder.run for card in self._cards if (holder := slot.holder(self._home, card))}
+        return next((run for run in queue.waiting(self._home) if run.id not in holding), None)
 
     def _end_idle(self) -> None:
         now = time.monotonic()
@@ -455,7 +459,8 @@ class Pool:
             self._asked = now
         if self._wanted is None or self._wanted.run != run.id:
             quiet = now - self._asked >= self._quiet
-            self._wanted = _Wanted(run.id, _named(run), now if quiet else now + self._notice)
+            # Also where nobody would notice, it has to be there at the next look: it may just be taking another GPU.
+            self._wanted = _Wanted(run.id, _named(run), now + (TICK / 2 if quiet else self._notice))
         if now >= self._wanted.at:
             _log.info("chat gives way to run %s", run.id)
             self._take_all(_gave_way(self._wanted.what))

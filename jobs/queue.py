@@ -247,11 +247,6 @@ def next_runnable(home: Home) -> Run | None:
     are cancelled on the way; behind an interrupted parent they stay, to go on when it is resumed. Call it under the
     mutex."""
     _settle(home)
-    return first_waiting(home)
-
-
-def first_waiting(home: Home) -> Run | None:
-    """The run that begins next, as soon as a GPU is free; None where none is queued that could. Changes nothing."""
     return next(waiting(home), None)
 
 
