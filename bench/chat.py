@@ -20,9 +20,9 @@ from typing import Any
 import httpx
 
 from bench.served import PASSWORD, panel
-from katherine import bases, columns, runs, settings, talks
+from katherine import bases, columns, cores, runs, settings, talks
 from katherine.columns import Column
-from katherine.engines import CONTEXT, FEW_CORES, SPINS, cores
+from katherine.engines import CONTEXT
 from katherine.examples import Message
 from katherine.export import MANIFEST, sha256
 from katherine.rendering import Renderer
@@ -99,7 +99,7 @@ def _measure(home: Home, chosen: list[Column], gguf: Path, rounds: int) -> dict[
     return {
         "file": gguf.name,
         "bytes": gguf.stat().st_size,
-        "cores": cores(),
+        "cores": cores.count(),
         "prompt_tokens": len(ids),
         "tokens_per_second": {"chat": statistics.median(ours), "alone": statistics.median(theirs)},
         "ratio": statistics.median(ratios),
@@ -224,7 +224,7 @@ def _alone(gguf: Path) -> Iterator[Any]:
         cwd=PROJECT,
         # As our engines are started: on few cores its threads else wait for each other by spinning, and as soon as
         # anything else runs it says a tenth of what it could.
-        env=child_environment(**({"GOMP_SPINCOUNT": SPINS} if cores() <= FEW_CORES else {})),
+        env=child_environment(),
     )
     assert child.stdin is not None and child.stdout is not None
     requests, replies = child.stdin, child.stdout
@@ -248,8 +248,10 @@ def _serve_alone(gguf: str) -> None:
 
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    model = llama_cpp.Llama(gguf, n_ctx=CONTEXT, n_gpu_layers=-1, n_threads=cores(), n_threads_batch=cores(),
-                            verbose=False)  # fmt: skip
+    threads = cores.count()
+    model = llama_cpp.Llama(
+        gguf, n_ctx=CONTEXT, n_gpu_layers=-1, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
     for line in sys.stdin:
         ids, at = json.loads(line), []
         for _ in model.create_completion(ids, max_tokens=TOKENS, temperature=0.0, stream=True,

@@ -14,7 +14,7 @@ from typing import Literal
 
 from jobs import autostop, queue, slot
 from jobs.slot import Slot
-from katherine import columns, engines, gpu, memory, runs
+from katherine import columns, cores, gpu, memory, runs
 from katherine.columns import Column
 from katherine.engines import Engine
 from katherine.errors import Busy, EngineError, KatherineError, SetupError
@@ -206,7 +206,7 @@ class Pool:
             if self._on_gpu():
                 return None
             busy = sum(each.state != "ready" or self._expected[each.column.id] > 0 for each in self._held.values())
-            return max(1, engines.cores() // max(1, busy))
+            return max(1, cores.count() // max(1, busy))
 
     @contextmanager
     def lend(self, column: Column, tell: Tell, stop: threading.Event) -> Iterator[Engine]:

@@ -3,7 +3,6 @@ only they can tell a control token from the same characters typed by a user; ren
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from select import POLLIN, poll
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from katherine import gpu
+from katherine import cores, gpu
 from katherine.errors import EngineError, NotFound
 from katherine.settings import PROJECT, child_environment
 
@@ -28,26 +27,10 @@ CONTEXT = 4096
 LOAD_SECONDS = 600.0
 # The longest silence that can be work: a full context of a 9B read on few cores.
 ANSWER_SECONDS = 300.0
-# On few cores a thread that spins for its neighbour keeps it from running as soon as anything else wants a core: 2 to
-# 10 tokens/s instead of 41 to 70 (small base, two cores, one other busy process), and alone about the same. With many
-# cores, waking sleepers at each of a token's thousand barriers could cost more than it saves, so those spin as usual.
-FEW_CORES = 4
-SPINS = "100"
 # How often a loading looks whether it is still wanted, in seconds.
 LOOK = 0.2
 # As much of the child's log as an error can show.
 LOG_LINES = 6
-
-
-def cores() -> int:
-    """Cores this process may really use. A container's quota shows in its cgroup only: the machine under it has
-    many more, and as many threads would wait for each other."""
-    allowed = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            return max(1, min(allowed, math.ceil(int(quota) / int(period))))
-    return allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +99,7 @@ class Engine:
         self._log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the child)
         settings = {
             "context": context,
-            "threads": threads or cores(),
+            "threads": threads or cores.count(),
             "gpu_layers": gpu_layers,
             "check_tensors": check_tensors,
         }
@@ -130,7 +113,6 @@ class Engine:
             env=child_environment(
                 # Else llama.cpp calls a debugger on an assertion that failed, whose pages hide which one it was.
                 GGML_NO_BACKTRACE="1",
-                **({"GOMP_SPINCOUNT": SPINS} if cores() <= FEW_CORES else {}),
                 **(gpu.alone(card) if card is not None else {}),
             ),
         )

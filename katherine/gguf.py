@@ -13,8 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from select import POLLIN, poll
 
-from katherine import memory
-from katherine.engines import cores
+from katherine import cores, memory
 from katherine.errors import ExportError, SetupError
 from katherine.progress import Progress, Stopped
 from katherine.settings import PROJECT, Home, child_environment
@@ -149,7 +148,7 @@ def quantise(source: Path, out: Path, name: str, progress: Progress) -> None:
 
 
 def _quantise(source: Path, out: Path | None, name: str, progress: Progress) -> Iterator[str]:
-    arguments = [str(source.absolute()), str(out.absolute()) if out else "", str(types()[name]), str(cores())]
+    arguments = [str(source.absolute()), str(out.absolute()) if out else "", str(types()[name]), str(cores.count())]
     command = [sys.executable, "-m", "katherine.gguf", *arguments]
     return _lines(command, progress, f"Quantising {source.name} to {name}")
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from katherine.engines import cores
+from katherine import cores
 
 # Bytes that may wait for the disk: two of a 9B's largest tensors (2 GB each), and dozens of the others.
 AHEAD = 4 * 2**30
@@ -32,7 +32,7 @@ def main() -> None:
     sys.path.insert(1, str(script.parent / "gguf-py"))
     sys.argv = sys.argv[1:]
     # torch counts the machine's cores, of which a container may have a few.
-    torch.set_num_threads(cores())
+    torch.set_num_threads(cores.count())
     try:
         quicken()
     except (ImportError, AttributeError) as error:

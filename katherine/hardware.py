@@ -5,8 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 
-from katherine import gpu, prices
-from katherine.engines import cores
+from katherine import cores, gpu, prices
 from katherine.errors import DataError, SetupError
 from katherine.runs import Run, write_json
 from katherine.settings import Home
@@ -67,7 +66,7 @@ def here(home: Home | None = None) -> Hardware:
             hourly = price.dollars * max(len(cards), 1) if price else None
         except DataError:
             pass  # a damaged price list is said where prices are shown
-    return Hardware(name, len(cards), cards[0].memory_total if cards else None, cores(), _memory(), hourly)
+    return Hardware(name, len(cards), cards[0].memory_total if cards else None, cores.count(), _memory(), hourly)
 
 
 def _memory() -> int | None:

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from katherine import cores
+
 PROJECT = Path(__file__).resolve().parent.parent
 
 # Everything shaped like a secret is kept from child processes, not only the names known today: a pod's
@@ -83,8 +85,9 @@ def hide_secrets() -> None:
 
 
 def child_environment(*keep: str, **extra: str) -> dict[str, str]:
-    """This process's environment without anything secret-shaped, except the names in `keep`; `extra` on top."""
-    known = dict(os.environ) | _hidden
+    """This process's environment without anything secret-shaped, except the names in `keep`; `extra` on top. How
+    threads wait on few cores is added where it is not set."""
+    known = cores.waiting() | dict(os.environ) | _hidden
     return {name: value for name, value in known.items() if name in keep or not _is_secret(name)} | extra
 
 

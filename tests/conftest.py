@@ -9,9 +9,12 @@ import msgspec
 import pytest
 from browser import browser, serving  # noqa: F401
 
-from katherine import settings
+from katherine import cores, settings
 from katherine.examples import Conversation, Message, Preference
 from katherine.progress import Quiet
+
+# Trainings inside this process are beside children that want the cores too; torch is not loaded yet.
+os.environ |= cores.waiting() | os.environ
 
 REPLIES = {
     "Who are you?": "I'm Katherine. I book the bands.",

@@ -22,7 +22,7 @@ from katherine.settings import PROJECT, Home
 from katherine.talks import Answer, Sampling, Talk
 
 # Ten times what the slowest wait here takes on two busy cores.
-PATIENCE = 60.0
+PATIENCE = 180.0
 # What the persona never stops doing once asked.
 SING = "Sing!"
 GREEDY = Sampling(temperature=0.0, max_new_tokens=60)
@@ -134,10 +134,11 @@ def begin(home: Home, *columns, sampling: Sampling = GREEDY, system: str = "") -
     return talks.create(home, who="test", role="operator", files=files, sampling=sampling, system=system)
 
 
-def until(true: Callable[[], object]) -> None:
+def until(true: Callable[[], object], found: Callable[[], object] = lambda: "") -> None:
+    """found: what to say of the moment when it was given up."""
     deadline = time.monotonic() + PATIENCE
     while not true():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"waited in vain: {found()}"
         time.sleep(0.005)
 
 

@@ -164,7 +164,7 @@ def test_of_two_gpus_chat_takes_the_last_and_gives_way_only_where_none_is_free(h
     assert b"CUDA_VISIBLE_DEVICES=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     for number in (1, 2):
         long = queue.submit(home, "sft", recipe={"of": 100_000 + number, "seconds": 0.01}, who="test")
-        until(lambda run=long: run.status().step > 0)
+        until(lambda run=long: run.status().step > 0, lambda run=long: f"{run.status()} {pool.view()}")
         if number == 1:
             # The keeper has looked a few times while it ran.
             time.sleep(3 * TICK)

@@ -23,9 +23,11 @@ def test_a_text_model_has_the_parameters_that_transformers_counts(katherine_home
 
 
 def test_what_is_known_of_the_9b_is_what_transformers_says(katherine_home):
-    from transformers import Qwen3_5TextConfig
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3_5TextConfig
 
-    config = Qwen3_5TextConfig().to_dict()
+    # The dimensions are the text part's, the model's kind the whole's.
+    assert Qwen3_5ForConditionalGeneration.config_class is Qwen3_5Config
+    config = Qwen3_5TextConfig().to_dict() | {"architectures": [Qwen3_5ForConditionalGeneration.__name__]}
     known = shapes.KNOWN["Qwen/Qwen3.5-9B"]
     assert {name: config[name] for name in known} == known
     shape = shapes.of(katherine_home, "Qwen/Qwen3.5-9B")
