@@ -6,7 +6,6 @@ runs, which take the GPU in turn, are the queue's.
 """
 
 import argparse
-import errno
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from jobs import detached, printed, queue, slot
-from katherine import audit, publish, runs
+from katherine import audit, disk, publish, runs
 from katherine.errors import Busy, DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import ENDED, State, Status
@@ -382,7 +381,7 @@ def _explain(error: BaseException, errand: Errand) -> tuple[str, str]:
         return str(error), ""
     if isinstance(error, MemoryError):
         return "Out of memory (the machine's).", "Close what else uses it, then start again."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and disk.is_full(error):
         free = shutil.disk_usage(errand.path).free / 1e9
         place = error.filename or errand.path
         return f"Disk full while writing {place} ({free:.1f} GB free).", "Free some room, then start again."

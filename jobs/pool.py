@@ -28,6 +28,9 @@ IDLE = 600.0
 # to see the notice on a telephone and press a button.
 QUIET = 60.0
 NOTICE = 60.0
+# Where there are several GPUs, a run that is seen to wait may just be taking another one: the note that says so and the
+# run's own status are two writes to a volume that may be slow.
+SURE = 2.0
 # What the button gives.
 KEPT = 300.0
 # How often it is looked who waits and what is idle, in seconds; and who wakes up by himself to look again.
@@ -459,8 +462,8 @@ class Pool:
             self._asked = now
         if self._wanted is None or self._wanted.run != run.id:
             quiet = now - self._asked >= self._quiet
-            # Also where nobody would notice, it has to be there at the next look: it may just be taking another GPU.
-            self._wanted = _Wanted(run.id, _named(run), now + (TICK / 2 if quiet else self._notice))
+            patience = 0.0 if quiet else self._notice
+            self._wanted = _Wanted(run.id, _named(run), now + max(patience, SURE if len(self._cards) > 1 else 0.0))
         if now >= self._wanted.at:
             _log.info("chat gives way to run %s", run.id)
             self._take_all(_gave_way(self._wanted.what))

@@ -3,8 +3,10 @@ its log and status.json while it runs, and writes how it ended. What a run does 
 queue's."""
 
 import argparse
+import itertools
 import json
 import os
+import re
 import selectors
 import signal
 import socket
@@ -24,7 +26,7 @@ from jobs import autostop, queue, slot
 from jobs.queue import MARK
 from jobs.slot import Slot
 from jobs.worker import lower
-from katherine import gpu, runs, scratch
+from katherine import disk, gpu, runs, scratch
 from katherine.errors import Busy, KatherineError, SetupError
 from katherine.runs import Run, State
 from katherine.settings import Home, child_environment
@@ -235,16 +237,26 @@ class Supervision:
         self._status = replace(
             self._status, **queue.ended(state), heartbeat=runs.now(), exit_code=code, reason=reason, remedy=remedy
         )
-        try:
-            self._save()
-        except OSError:
-            self._log.give_way()
-            self._save()
+        self._save_for_certain()
         # A killed worker cannot take its files with it, and what lies in memory is missed by everybody.
         scratch.sweep()
         self._log.close()
         self._pipes.close()
         os.close(self._reading)
+
+    def _save_for_certain(self) -> None:
+        """However long a full disk or a volume that is gone keeps it from being written: how a run has ended is not to
+        be guessed later, and what builds on it waits for that."""
+        for attempt in itertools.count():
+            try:
+                self._save()
+                return
+            except OSError as error:
+                _report(f"the end of {self._run.id} cannot be written yet")
+                if disk.is_full(error):
+                    self._log.give_way()
+                if attempt:
+                    time.sleep(BUSY)
 
     def _ending(self, code: int) -> tuple[State, str, str]:
         """(state, reason, remedy). What the worker said counts for more than its exit code: a crash while closing
@@ -315,16 +327,20 @@ class Crew:
     def __init__(self, home: Home, worker: str):
         self._home = home
         self._worker = worker
-        self._under_way: set[str] = set()
+        self._under_way: dict[str, Sequence[Slot]] = {}
         self.ended = threading.Event()
         self.last: Run | None = None
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
 
+    def holds(self, cards: Sequence[str]) -> bool:
+        """Whether all of these GPUs are its runs'."""
+        return set(cards) <= {each.name for held in list(self._under_way.values()) for each in held}
+
     def carry_out(self, run: Run, held: Sequence[Slot]) -> None:
         """Returns at once. The slots are let go when the run has ended."""
-        self._under_way.add(run.id)
+        self._under_way[run.id] = held
         threading.Thread(target=self._watch, args=(run, held), name=run.id).start()
 
     def _watch(self, run: Run, held: Sequence[Slot]) -> None:
@@ -338,7 +354,7 @@ class Crew:
             for each in held:
                 each.release()
             self.last = run
-            self._under_way.remove(run.id)
+            del self._under_way[run.id]
             self.ended.set()
 
     def _give_up(self, run: Run, why: str) -> None:
@@ -356,37 +372,45 @@ class Crew:
 def drain(home: Home, place: socket.socket, worker: str) -> None:
     """Carry out queued runs, oldest first, one on each GPU, until none can begin; then give the supervisor's place up,
     and leave it to autostop whether the pod is needed any longer."""
-    cards = gpu.usable()
     crew = Crew(home, worker)
+    try:
+        _carry_out_all(home, place, crew, worker)
+    finally:
+        # Also where the queue could not be read at the last: nobody may come to see it.
+        if crew.last is not None:
+            try:
+                autostop.begin(home, crew.last.id)
+            except OSError as error:
+                print(f"{runs.now()} auto-stop could not begin: {error}", file=sys.stderr)
+
+
+def _carry_out_all(home: Home, place: socket.socket, crew: Crew, worker: str) -> None:
     while True:
         # What ends from here on is noticed at once, however long it is waited for.
         crew.ended.clear()
-        if crew and not slot.free(home, cards) and not slot.chatting(home, cards):
-            # Ours hold every GPU; who waits for a chat is told so.
-            crew.ended.wait(BUSY)
-            continue
         try:
+            # Anew each time: a driver that did not answer at first may by now.
+            cards = gpu.usable()
+            if crew.holds(cards):
+                crew.ended.wait(BUSY)
+                continue
             with slot.mutex(home):
                 run = queue.next_runnable(home)
                 if run is None and not crew:
                     # Given up under the mutex: whoever queues a run next finds the place free and starts a supervisor.
                     place.close()
-                    break
+                    return
             if run is not None:
                 _start(home, run, cards, crew, worker)
-        except (OSError, Busy):
-            # A disk that is full or gone. Whoever waits may start another supervisor, once this one is watching nobody.
+        except Exception:
+            # A disk that is full or gone, a folder that cannot be read. What is under way must be watched. Whoever
+            # waits may start another supervisor, once this one is watching nobody.
             if not crew:
                 raise
             _report("the queue cannot be read")
             run = None
         if run is None:
             crew.ended.wait(BUSY)
-    if crew.last is not None:
-        try:
-            autostop.begin(home, crew.last.id)
-        except OSError as error:
-            print(f"{runs.now()} auto-stop could not begin: {error}", file=sys.stderr)
 
 
 def _start(home: Home, run: Run, cards: Sequence[str], crew: Crew, worker: str) -> None:
@@ -395,12 +419,11 @@ def _start(home: Home, run: Run, cards: Sequence[str], crew: Crew, worker: str) 
         held = [slot.take_one(home, run.record.kind, cards, run=run.id)]
     except Busy as busy:
         _say_why_waiting(home, run, str(busy))
-        time.sleep(SAVE)
+        crew.ended.wait(SAVE)
         return
     begun = False
     try:
-        kind = queue.worker_module(worker).KINDS.get(run.record.kind)
-        if kind and len(cards) > 1 and kind.spreads(home, run.record.recipe):
+        if len(cards) > 1 and _spreads(home, run, worker):
             held += _idle(home, cards, held[0].name, run)
         # The last that can fail: what is under way must have a worker.
         begun = _begin(home, run)
@@ -410,6 +433,16 @@ def _start(home: Home, run: Run, cards: Sequence[str], crew: Crew, worker: str) 
                 each.release()
     if begun:
         crew.carry_out(run, held)
+
+
+def _spreads(home: Home, run: Run, worker: str) -> bool:
+    kind = queue.worker_module(worker).KINDS.get(run.record.kind)
+    try:
+        return kind is not None and kind.spreads(home, run.record.recipe)
+    except Exception:
+        # A base whose files make no sense: the worker will say so, and the runs behind this one go on.
+        _report(f"{run.id} is not shared by several GPUs, since nobody knows whether it can be")
+        return False
 
 
 def _idle(home: Home, cards: Sequence[str], first: str, run: Run) -> list[Slot]:
@@ -437,7 +470,12 @@ def _report(what: str) -> None:
         print(f"{runs.now()} {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
 
+# Where a holder stands changes with every step, and each change of the reason would be a write to the volume.
+_WHERE = re.compile(r"\((\w+), [^)]*\)")
+
+
 def _say_why_waiting(home: Home, run: Run, why: str) -> None:
+    why = _WHERE.sub(r"(\1)", why)
     with slot.mutex(home):
         status = run.status()
         if status.state is State.queued and status.reason != why:

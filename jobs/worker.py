@@ -3,7 +3,6 @@ person can act on. Starting and watching it, and all of status.json, are the sup
 
 import argparse
 import ctypes
-import errno
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from typing import Any, NoReturn
 
 from jobs import obstacles, queue
 from jobs.following import Followers
-from katherine import gpu, hardware, prediction, runs
+from katherine import disk, gpu, hardware, prediction, runs
 from katherine.errors import DataError, KatherineError, NotFound
 from katherine.progress import Progress, Stopped
 from katherine.runs import Run
@@ -235,9 +234,8 @@ def explain(error: BaseException, run: Run) -> tuple[str, str]:
             return "Out of memory (the machine's, not the GPU's).", lower(run, "or take a machine with more memory")
         if type(cause).__name__ == "OutOfMemoryError" or "CUDA out of memory" in text or "ALLOC_FAILED" in text:
             return "Out of GPU memory.", lower(run, "or take a larger GPU")
-        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         # safetensors and torch lose the error's number; torch's writer fails for no other reason.
-        if full or "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
+        if disk.is_full(cause) or "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
             place = getattr(cause, "filename", None) or run.path
             free = shutil.disk_usage(run.path).free / 1e9
             return (

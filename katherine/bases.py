@@ -1,7 +1,6 @@
 """Base models by name: a folder, a hub id, or the small real base that a package carries. A base is complete or
 absent under the home's cache. Loading weights into memory is the business of model."""
 
-import errno
 import importlib.util
 import json
 import os
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from katherine import disk
 from katherine.errors import DiskError, NotFound, SetupError
 from katherine.settings import Home, secret
 
@@ -100,7 +100,7 @@ def _download(home: Home, name: str, patterns: tuple[str, ...]) -> Path:
     except RepositoryNotFoundError as error:
         raise NotFound(f"The hub knows no model {name}, or it is private and HF_READ_TOKEN is not set.") from error
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk.is_full(error):
             raise DiskError(
                 f"The disk is full: {name} does not fit into {home.cache / 'hub'} "
                 f"({shutil.disk_usage(home.root).free / 1e9:.1f} GB free). Make room there, then start again."

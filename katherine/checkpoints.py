@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,19 @@ class Checkpoints:
         for old in self.steps()[: -self.keep]:
             self._remove(old)
 
-    def newest(self) -> Path | None:
-        """The newest sound checkpoint, or None. Unsound ones are named in the log and removed.
+    def newest(self, tidy: bool = True) -> Path | None:
+        """The newest sound checkpoint, or None. Unsound ones are named in the log and, with `tidy`, removed: not by
+        each of several processes, of which one may see a hiccup of the volume that the others do not.
 
         Raises TrainingError where a sound one belongs to another recipe or dataset.
         """
-        for draft in self.folder.glob(".checkpoint-*"):
+        for draft in self.folder.glob(".checkpoint-*") if tidy else ():
             shutil.rmtree(draft, ignore_errors=True)
         for step in reversed(self.steps()):
             if fault := self._fault(step):
                 self.progress.say(f"{self.path(step)} is not sound ({fault}): trying an older one.")
-                self._remove(step)
+                if tidy:
+                    self._remove(step)
                 continue
             found = json.loads((self.path(step) / _MANIFEST).read_text())["fingerprint"]
             if found != self.fingerprint:
@@ -97,9 +99,7 @@ class Checkpoints:
     def _remove(self, step: int) -> None:
         # Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
         doomed = self.folder / f".checkpoint-{step}-{time.monotonic_ns()}"
-        # Of several processes that find it damaged, another may have been quicker.
-        with suppress(FileNotFoundError):
-            self.path(step).rename(doomed)
+        self.path(step).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -1,6 +1,7 @@
 """The disk under a path: which mount holds it, whether that outlives a stop of the container, and the room on it. What
 needs how much room is for others to say."""
 
+import errno
 import os
 import shutil
 from dataclasses import dataclass
@@ -80,3 +81,8 @@ def room(path: Path) -> Room:
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     usage = shutil.disk_usage(there)
     return Room(usage.free, usage.total, not mount(there).on_network)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it says that there is no room left, on the disk or in a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -62,8 +62,8 @@ PROCESSOR = "0"
 
 
 def usable() -> tuple[str, ...]:
-    """The cards that this process may compute on, as CUDA_VISIBLE_DEVICES names them; all where it is not set. Without
-    a card the processor stands for one: there is always one at least."""
+    """The cards that this process may compute on, by number, all where CUDA_VISIBLE_DEVICES is not set; a card's slice
+    by the name that is given there. Without a card the processor stands for one: there is always one at least."""
     told = _told()
     try:
         cards = read()
@@ -72,7 +72,11 @@ def usable() -> tuple[str, ...]:
         return tuple(told or ()) or (PROCESSOR,)
     if told is None:
         return tuple(str(card.index) for card in cards) or (PROCESSOR,)
-    return tuple(name for name in told if cards and (not name.isdigit() or int(name) < len(cards))) or (PROCESSOR,)
+    # One card has one name, whatever it was called: who holds it must be known to whoever calls it otherwise.
+    numbers = {card.uuid: str(card.index) for card in cards if card.uuid}
+    named = [next((number for uuid, number in numbers.items() if uuid.startswith(name)), name) for name in told]
+    there = [name for name in dict.fromkeys(named) if cards and (not name.isdigit() or int(name) < len(cards))]
+    return tuple(there) or (PROCESSOR,)
 
 
 def of(name: str) -> GpuReading | None:

@@ -1,7 +1,6 @@
 """Training data from the Hugging Face hub: the JSONL files of a dataset repository or a bucket, fetched into the inbox.
 Nothing is written to the hub here. Meant for a process of its own: the hub's library has settings of its process."""
 
-import errno
 import glob
 import hashlib
 import re
@@ -139,7 +138,7 @@ def fetch(home: Home, text: str, progress: Progress) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk.is_full(error):
             raise DiskError(
                 f"The disk is full: {place} does not fit into {home.inbox}. Make room, then fetch it again."
             ) from error

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import subprocess
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,12 @@ def settle(home: Home, progress: Progress) -> None:
     ):
         (kernels / folder).mkdir(parents=True, exist_ok=True)
         os.environ[variable] = str(kernels / folder)
-    # Whoever has set it himself wants otherwise.
-    card = gpu.mine()
-    if card and "FLA_CACHE_MODE" not in os.environ:
-        os.environ |= measured.hand_over(kernels / "fla", card.compute_capability)
+    # Whoever has set it himself wants otherwise. Where the driver does not say which card it is, or the disk is full,
+    # fla tunes as ever: what really needs either will say so.
+    with suppress(SetupError, OSError):
+        card = gpu.mine()
+        if card and "FLA_CACHE_MODE" not in os.environ:
+            os.environ |= measured.hand_over(kernels / "fla", card.compute_capability)
     progress.say(f"Compiled kernels are kept in {kernels}.")
 
 

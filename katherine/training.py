@@ -310,7 +310,7 @@ def run(
 
     trainer.progress, trainer.checkpoints, trainer.rank = progress, kept, rank
     trainer.ema = Ema(trainer.model, recipe.ema_decay) if recipe.ema_decay else None
-    newest = kept.newest()
+    newest = kept.newest(tidy=rank.leads)
     if newest:
         progress.say(f"Resuming from {newest.name}.")
     progress.phase("train")

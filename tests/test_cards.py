@@ -33,7 +33,8 @@ def index_of(card: gpu.GpuReading | None) -> int | None:
         ("1", ("1",), 1),
         ("1,0", ("1", "0"), 1),
         ("0,7", ("0",), 0),
-        ("GPU-1111", ("GPU-1111",), 1),
+        # By number, so that it is the same card to whoever has not named it so.
+        ("GPU-1111,0", ("1", "0"), 1),
         # The card itself, and so never two of them.
         ("MIG-7,MIG-8", ("MIG-7", "MIG-8"), 0),
         ("", ("0",), None),

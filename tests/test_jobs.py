@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -525,7 +526,8 @@ def test_a_run_takes_the_gpu_that_a_chat_leaves(home, two_cards):
         long = under_way(ask(home, **LONG))
         beside = ask(home, of=5)
         until(lambda: f"GPU 0 by chat (process {os.getpid()})" in beside.status().reason)
-        assert f"GPU 1 by run {long.id}" in beside.status().reason
+        # Not where it is: that would be written anew with each of its steps.
+        assert f"GPU 1 by run {long.id} (steps) since" in beside.status().reason
         queue.stop(home, long.id)
         assert ended(home, beside).state is State.succeeded
         with slot.take(home, "chat", name="1"):
@@ -567,18 +569,28 @@ def test_a_run_that_cannot_be_watched_is_given_up_and_the_others_are_not(home, m
     assert "no more descriptors" in capsys.readouterr().err
 
 
-def test_a_queue_that_cannot_be_read_while_a_run_is_watched_is_read_again(home, two_cards, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [
+        (queue.next_runnable, OSError(errno.EIO, os.strerror(errno.EIO))),
+        # As runs raises it for a status that cannot be read.
+        (supervisor._begin, DataError("status.json is not there")),
+    ],
+)
+def test_a_queue_that_cannot_be_read_while_a_run_is_watched_is_read_again(
+    home, two_cards, monkeypatch, capsys, what, error
+):
     monkeypatch.setattr(supervisor, "BUSY", 0.05)
     monkeypatch.setattr(supervisor.gpu, "usable", lambda: ("0", "1"))
-    real, failures = queue.next_runnable, []
+    failures = []
 
-    def moody(home: Home) -> Run | None:
-        if len(failures) < 3 and slot.is_held(home, "gpu-0"):
-            failures.append(OSError(errno.EIO, os.strerror(errno.EIO)))
-            raise failures[-1]
-        return real(home)
+    def moody(home: Home, *rest: Run) -> Run | bool | None:
+        if len(failures) < 3 and first.status().state is State.running:
+            failures.append(error)
+            raise error
+        return what(home, *rest)
 
-    monkeypatch.setattr(queue, "next_runnable", moody)
+    monkeypatch.setattr(sys.modules[what.__module__], what.__name__, moody)
     first, second = (
         queue.submit(home, "steps", recipe={"of": of, "seconds": 0.01}, who="test", start=False) for of in (50, 3)
     )
@@ -587,6 +599,59 @@ def test_a_queue_that_cannot_be_read_while_a_run_is_watched_is_read_again(home, 
     assert len(failures) == 3 and capsys.readouterr().err.count("the queue cannot be read") == 3
     assert {first.status().state, second.status().state} == {State.succeeded}
     assert (second.out / "gpus").read_text() == "1 of ['1']"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, os.strerror(errno.EIO)), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+)
+def test_an_end_that_cannot_be_written_yet_is_written_later_and_not_guessed(home, monkeypatch, capsys, error):
+    monkeypatch.setattr(supervisor, "BUSY", 0.05)
+    failures = []
+
+    class Moody(supervisor.Supervision):
+        def _save(self) -> None:
+            if self._status.state is State.succeeded and len(failures) < 4:
+                failures.append(error)
+                raise error
+            super()._save()
+
+    monkeypatch.setattr(supervisor, "Supervision", Moody)
+    above = queue.submit(home, "chatter", recipe={"lines": 2}, who="test", start=False)
+    below = queue.submit(home, "steps", recipe={}, who="test", parent=above.id, start=False)
+    supervisor.drain(home, slot.bind(home, "supervisor"), "practice")
+    assert len(failures) == 4 and "cannot be written yet" in capsys.readouterr().err
+    assert {above.status().state, below.status().state} == {State.succeeded}
+    # The log gives way to a full disk alone.
+    assert ("line 1" in above.log.read_text()) == (error.errno != errno.ENOSPC)
+
+
+def test_where_the_queue_fails_at_the_last_the_pod_is_left_to_autostop_all_the_same(home, monkeypatch, capsys):
+    begun, run = [], queue.submit(home, "steps", recipe={}, who="test", start=False)
+    monkeypatch.setattr(supervisor.autostop, "begin", lambda home, after: begun.append(after))
+    real = queue.next_runnable
+
+    def gone(home: Home) -> Run | None:
+        if run.status().state in ENDED:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(home)
+
+    monkeypatch.setattr(queue, "next_runnable", gone)
+    with slot.bind(home, "supervisor") as place, pytest.raises(OSError, match="Input/output"):
+        supervisor.drain(home, place, "practice")
+    assert begun == [run.id]
+
+
+def test_a_run_of_which_nobody_knows_whether_it_spreads_runs_on_one_gpu(home, two_cards, monkeypatch, capsys):
+    def unknown(home: Home, recipe: dict) -> bool:
+        raise KeyError("text_config")
+
+    monkeypatch.setattr(supervisor.gpu, "usable", lambda: ("0", "1"))
+    kinds = queue.worker_module("practice").KINDS
+    monkeypatch.setitem(kinds, "spread", replace(kinds["spread"], spreads=unknown))
+    run = queue.submit(home, "spread", recipe={}, who="test", start=False)
+    supervisor.drain(home, slot.bind(home, "supervisor"), "practice")
+    assert run.status().state is State.succeeded and (run.out / "gpus").read_text() == "0 of ['0']"
+    assert "KeyError: 'text_config'" in capsys.readouterr().err
 
 
 def test_an_sft_is_shared_only_where_it_can_be(home, tmp_path):
