@@ -7,8 +7,8 @@ reads the same lines with plain `json.loads`, which does none of the checking, a
 
 import argparse
 import json
+import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from katherine import corpus
+from katherine import corpus, memory
 from katherine.settings import PROJECT, Home
 
 LINES = 1_000_000
@@ -88,7 +88,7 @@ def measure(folder: Path) -> dict[str, float]:
         started, busy = time.perf_counter(), time.process_time()
         dataset = corpus.prepare([folder], Home(Path(home)))
         seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = memory.peak(os.getpid())
     started = time.perf_counter()
     for file in folder.glob("*.jsonl"):
         with file.open("rb") as lines:

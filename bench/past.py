@@ -30,7 +30,7 @@ CHECKS = ("loads", "architecture", "tensors", "size", "template", "tokens", "end
 
 @dataclass(frozen=True, slots=True)
 class _Writer:
-    """What every run of one home shares. moment: when the next run began."""
+    """What every run of one home shares."""
 
     home: Home
     rng: random.Random

@@ -1,5 +1,6 @@
 """Stopping the pod when the queue has run empty: the setting, the countdown as a process of its own, which needs no
-browser and no web process, and its state on disk. The stop itself is pod's; when to begin is the supervisor's to say.
+browser and no web process, and its state on disk. The stop itself is pod's; when to begin is the supervisor's and the
+pool's to say.
 
     KATHERINE_HOME/autostop/   settings.json  state.json  cancel.json  log.txt
 """
@@ -398,9 +399,9 @@ def _is_alive(countdown: Countdown) -> bool:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description="Count down to the pod's stop; started by jobs.supervisor.")
+    arguments = argparse.ArgumentParser(description="Count down to the pod's stop; started by jobs.")
     arguments.add_argument("--home", type=Path, required=True)
-    arguments.add_argument("--after", required=True, help="the run after which the queue was empty")
+    arguments.add_argument("--after", required=True, help="the run after which the queue was empty, or chat")
     arguments.add_argument("--place", type=int, required=True, help="descriptor that holds the countdown's place")
     asked = arguments.parse_args()
     with socket.socket(fileno=asked.place) as place:

@@ -76,11 +76,6 @@ def again(home: Home, run_id: str, changes: Mapping[str, Any], who: str) -> Run:
     return run
 
 
-def can_build(kind: str, parent: Run) -> bool:
-    """Whether a run of this kind can be started on that one now."""
-    return parent.record.kind in BUILDS_ON[kind] and not _unfit(parent)
-
-
 def _unfit(parent: Run) -> str:
     """Why nothing can build on the run, else empty."""
     state = parent.status().state

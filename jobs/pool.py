@@ -2,25 +2,23 @@
 the memory, who has to go, and the giving way to a run that waits. What is asked of an engine is asking's."""
 
 import logging
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 from jobs import autostop, queue, slot
 from jobs.slot import Slot
-from katherine import columns, cores, gpu, memory, runs
+from katherine import columns, cores, engines, gpu, memory, runs
 from katherine.columns import Column
 from katherine.engines import Engine
-from katherine.errors import Busy, EngineError, KatherineError, SetupError
+from katherine.errors import Busy, EngineError, KatherineError
 from katherine.progress import Stopped
 from katherine.runs import Run
-from katherine.settings import PROJECT, Home, child_environment
+from katherine.settings import Home
 
 # A coffee. Loading 7 GB from a network volume takes minutes, and while chat holds the GPU a pod is not stopped.
 IDLE = 600.0
@@ -360,7 +358,7 @@ class Pool:
         """Once, and without the lock: it takes a child that may need a minute."""
         with self._looking:
             if self._offloads is None:
-                self._offloads = _offloads()
+                self._offloads = engines.offloads()
 
     # ------------------------------------------------------------------------------------------------ ends
 
@@ -472,28 +470,6 @@ class Pool:
 def needs(column: Column, on_gpu: bool) -> int:
     """About how many bytes the column's engine takes."""
     return int(column.bytes * (1 + SHARE)) + (FIXED_ON_GPU if on_gpu else FIXED)
-
-
-def _offloads() -> bool:
-    """Whether engines compute on a GPU: there is one, and llama.cpp was built for it. Asked in a child, since the
-    library is never loaded here."""
-    try:
-        if not gpu.read():
-            return False
-    except SetupError:
-        return False
-    code = "import llama_cpp; print(llama_cpp.llama_supports_gpu_offload())"
-    with suppress(OSError, subprocess.TimeoutExpired):
-        asked = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            cwd=PROJECT,
-            env=child_environment(),
-            timeout=60,
-        )
-        return asked.stdout.strip() == "True"
-    return False
 
 
 # ---------------------------------------------------------------------------------------------------------- in words

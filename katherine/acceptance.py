@@ -1,10 +1,7 @@
 """Whether an exported GGUF may be offered: each check with its finding, made in a child process on real examples.
 What a failing file means for the export is export's business."""
 
-import functools
 import math
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +13,6 @@ from katherine.examples import Conversation, Message
 from katherine.gguf import UNQUANTISED, types
 from katherine.progress import Progress, Stopped
 from katherine.recipe import ExportRecipe
-from katherine.settings import child_environment
 from katherine.template import ChatTemplate, Rendered
 
 # Greedy decoding can loop on a prompt where sampling would not: seen with 1 of 8 on the small base. So one in ten may
@@ -93,14 +89,6 @@ def choose(template: ChatTemplate, conversations: Sequence[Conversation], recipe
         examples.append(Example(conversation, rendered, positions, row))
         row += len(positions)
     return examples
-
-
-@functools.cache
-def on_gpu() -> bool:
-    """Whether checks run on a GPU here: llama.cpp is built for one, and one is there. A child is asked, since it starts
-    the card's driver."""
-    asked = "import llama_cpp, sys; sys.exit(not llama_cpp.llama_supports_gpu_offload())"
-    return subprocess.run([sys.executable, "-c", asked], capture_output=True, env=child_environment()).returncode == 0
 
 
 def examine(

@@ -14,6 +14,7 @@ from katherine.runs import write_json
 from katherine.settings import Home
 
 WEIGHTS = "adapter_model.safetensors"
+FILES = (WEIGHTS, "adapter_config.json", "base.json")
 
 
 @dataclass(frozen=True, slots=True)

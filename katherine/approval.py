@@ -37,8 +37,6 @@ from katherine.turns import turn
 OPERATOR, REVIEWER = "operator", "reviewer"
 # Events of the audit log.
 APPROVED, WITHDRAWN, REFUSED, RIGHTS = "approved", "withdrawn", "refused", "rights"
-# Of an adapter's folder: what is pushed.
-ADAPTER_FILES = (adapters.WEIGHTS, "adapter_config.json", "base.json")
 # Larger pieces are no faster to hash, and a stop is heard between two.
 _PIECE = 4 * 2**20
 
@@ -531,7 +529,7 @@ def _adapters(home: Home, run: Run) -> Iterator[tuple[Run, tuple[Path, ...]]]:
     try:
         while run.record.parent is not None:
             run = runs.load(home, run.record.parent)
-            files = tuple(run.out / "adapter" / name for name in ADAPTER_FILES)
+            files = tuple(run.out / "adapter" / name for name in adapters.FILES)
             if all(_mark(path) for path in files):
                 found.append((run, files))
             elif not found:

@@ -23,7 +23,7 @@ _CONTROL = 3
 
 
 def tokenizer(home: Home, name: str) -> Path:
-    """A folder with the base's tokenizer.json and chat template. Raises NotFound or SetupError."""
+    """A folder with the base's tokenizer.json and chat template. Raises NotFound, SetupError, or DiskError."""
     if name == SMALL:
         return _complete(home.cache / "bases" / f"{SMALL}-tokenizer", _write_small_tokenizer)
     return _folder(name) or _download(home, name, _TOKENIZER_FILES)
@@ -47,7 +47,7 @@ def here(home: Home, name: str) -> Path | None:
 
 def counting(home: Home, name: str) -> tuple[str, str]:
     """Whose tokenizer counts and renders: (`name`, ""), or the small base and why, where the tokenizer of `name` cannot
-    be had here. Raises NotFound, and SetupError where not even the small base's can."""
+    be had here. Raises NotFound, DiskError, and SetupError where not even the small base's can."""
     try:
         tokenizer(home, name)
     except SetupError as error:
@@ -57,14 +57,15 @@ def counting(home: Home, name: str) -> tuple[str, str]:
 
 
 def checkpoint(home: Home, name: str) -> Path:
-    """A folder with the whole base as safetensors. Raises NotFound or SetupError."""
+    """A folder with the whole base as safetensors. Raises NotFound, SetupError, or DiskError."""
     if name == SMALL:
         return _complete(home.cache / "bases" / SMALL, _write_small_checkpoint)
     return _folder(name) or _download(home, name, _CHECKPOINT_FILES)
 
 
 def configuration(home: Home, name: str) -> Path:
-    """A folder with the base's config.json, which says what modules it has. Raises NotFound or SetupError."""
+    """A folder with the base's config.json, which says what modules it has. Raises NotFound, SetupError, or
+    DiskError."""
     return checkpoint(home, name) if name == SMALL else tokenizer(home, name)
 
 

@@ -39,8 +39,6 @@ MOST_LINES = 5_000
 # One process serves the pages; in it, two devices of one person may change a session at once.
 _changing = threading.RLock()
 
-Choice = Literal["", "same", "none"]
-
 
 class Question(msgspec.Struct, frozen=True):
     """One of a set, as the set was when the reviewer began it. turns: asked one after another, the last answer is

@@ -42,7 +42,7 @@ class Found:
 @dataclass(frozen=True, slots=True)
 class Page:
     """found: examples in the file's order. next: where to go on, or None at the end. searched: the share of the file
-    that lies before `next`. ended: whether the page is short because the time was up."""
+    that lies before `next`. in_time: false where the page is short because the time was up."""
 
     found: list[Found]
     next: Cursor | None

@@ -116,6 +116,3 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-# ------------------------------------------------------------------------------------------- during training

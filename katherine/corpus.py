@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from katherine import disk
 from katherine.errors import DataError, DiskError, NotFound
 from katherine.examples import Conversation, Preference
 from katherine.intake import BLOCK, Intake, Source
@@ -314,11 +315,10 @@ def _check_room(folder: Path, sources: Sequence[Source]) -> None:
     """Three times the input: the raw copy, the examples (at most as large), and these once more in the temporary
     folder, which may lie on the same disk."""
     size = 3 * sum(source.path.stat().st_size for source in sources)
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    free = disk.room(folder).free
     if free < size:
         raise DiskError(
-            f"{there} has {free / 1e9:.1f} GB free, and this input needs {size / 1e9:.1f} GB. "
+            f"There are {free / 1e9:.1f} GB free for {folder}, and this input needs {size / 1e9:.1f} GB. "
             "Make room there, or point KATHERINE_HOME elsewhere."
         )
 

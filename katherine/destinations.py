@@ -264,8 +264,6 @@ class There:
 class Bucket:
     """A bucket, written to only while it is private."""
 
-    kind = "bucket"
-
     def __init__(self, at: Hub, name: str):
         self.name = name
         self._hub = at
@@ -372,8 +370,6 @@ class Bucket:
 
 class Repository:
     """A model repository, written to only while it is private. Everything gets its name in one commit."""
-
-    kind = "model"
 
     def __init__(self, at: Hub, name: str):
         self.name = name

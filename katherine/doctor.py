@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from katherine import bases, gpu, pod
+from katherine import bases, cores, gpu, pod
 from katherine import disk as mounted
 from katherine.errors import KatherineError, SetupError
 from katherine.settings import PROJECT, SECRETS, Home, child_environment, secret
@@ -198,7 +198,7 @@ def memory() -> Check:
     if limit is not None and limit < total:
         total, available = limit, min(available, limit - used)
         limited = ", the limit of this container"
-    finding = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free{limited}, {len(os.sched_getaffinity(0))} cores"
+    finding = f"{available / GIB:.1f} of {total / GIB:.1f} GiB free{limited}, {cores.count()} cores"
     if available < DEMO_MEMORY:
         return Check("memory", "warning", finding, "the demo takes up to 4 GB: end what else is running")
     return Check("memory", "ok", finding)

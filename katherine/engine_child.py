@@ -102,11 +102,11 @@ class Model:
                 return buffer.value.decode("utf-8", "replace")
             size = needed + 1
 
-    def tokenize(self, text: str, *, special: bool, add_special: bool) -> list[int]:
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
         raw = text.encode()
-        # A token is at least a byte; two more for what the vocabulary adds at the ends.
-        ids = (llama.llama_token * (len(raw) + 2))()
-        count = llama.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), add_special, special)
+        # A token is at least a byte.
+        ids = (llama.llama_token * max(1, len(raw)))()
+        count = llama.llama_tokenize(self.vocabulary, raw, len(raw), ids, len(ids), False, special)
         if count < 0:
             raise Refused(f"a text of {len(raw)} bytes gives {-count} tokens")
         return list(ids[:count])
@@ -330,11 +330,8 @@ class Cancel:
 
 def _answers(model: Model, request: dict[str, Any], cancel: Cancel) -> Iterator[dict[str, Any]]:
     match request["op"]:
-        case "meta":
-            yield {"done": model.meta()}
         case "tokenize":
-            ids = model.tokenize(request["text"], special=request["special"], add_special=request["add_special"])
-            yield {"done": ids}
+            yield {"done": model.tokenize(request["text"], special=request["special"])}
         case "generate":
             cancel.begin(request["number"])
             asked = request["sampling"] | {"threads": request["threads"]}

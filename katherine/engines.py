@@ -2,6 +2,7 @@
 only they can tell a control token from the same characters typed by a user; rendering them is template's work."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from katherine import cores, gpu
-from katherine.errors import EngineError, NotFound
+from katherine.errors import EngineError, NotFound, SetupError
 from katherine.settings import PROJECT, child_environment
 
 # Four times the recipe's max_length: room for a long talk, and small memory for 8 layers of attention at 9B.
@@ -162,10 +163,10 @@ class Engine:
         vocabulary, context, end_of_turn (id), adds_begin, hybrid, on_gpu."""
         return dict(self._meta)
 
-    def tokenize(self, text: str, *, special: bool = False, add_special: bool = False) -> list[int]:
-        """Ids by the file's own tokenizer. `special`: control tokens in the text are read as such. `add_special`: with
-        what the file says to put before and after."""
-        return self._ask("tokenize", text=text, special=special, add_special=add_special)
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids by the file's own tokenizer, without what the file says to put around them. `special`: control tokens in
+        the text are read as such."""
+        return self._ask("tokenize", text=text, special=special)
 
     def generate(
         self,
@@ -333,3 +334,15 @@ class Generation(Iterator[str]):
             self.cancel()
             for _ in self:
                 pass
+
+
+@functools.cache
+def offloads() -> bool:
+    """Whether engines compute on a GPU here: one is there, and llama.cpp was built for it. A child is asked, since the
+    library is never loaded here and starts the card's driver; it may take a minute, once."""
+    code = "import llama_cpp, sys; sys.exit(not llama_cpp.llama_supports_gpu_offload())"
+    with contextlib.suppress(SetupError, OSError, subprocess.TimeoutExpired):
+        if gpu.read():
+            asked = [sys.executable, "-c", code]
+            return subprocess.run(asked, capture_output=True, env=child_environment(), timeout=60).returncode == 0
+    return False

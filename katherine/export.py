@@ -17,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from katherine import acceptance, adapters, corpus, gguf, runs, scratch
+from katherine import acceptance, adapters, corpus, engines, gguf, runs, scratch
+from katherine.disk import room
 from katherine.errors import DataError, DiskError, ExportError, NotFound, RecipeError
 from katherine.parts import Parts
 from katherine.progress import Progress, Stopped
@@ -42,7 +43,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
     `adapter` is a training run's adapter folder (with base.json), `dataset` the dataset folder it was trained on.
     Starts over where an earlier attempt was interrupted. A file that fails a check is kept and marked.
 
-    Raises RecipeError (unknown type), NotFound, DataError, SetupError, DiskError, ExportError; Stopped between parts.
+    Raises RecipeError (unknown type), NotFound, DataError, SetupError, DiskError, ExportError; Stopped.
     """
     from katherine import merge, model
 
@@ -147,7 +148,7 @@ def _quantise_and_check(
     processor, whose cores a check needs as much, after all were made. Raises ExportError, once the others are done
     with, where one of them cannot be made; Stopped.
     """
-    on_gpu = acceptance.on_gpu()
+    on_gpu = engines.offloads()
 
     def make(quant: str) -> tuple[Path, str]:
         path = folder / f"{name}-{quant}.gguf"
@@ -303,20 +304,12 @@ def fullest(
     return int(max(converting, checking) * MARGIN)
 
 
-def check_room(out: Path, shape: Shape, quants: Sequence[str], rows: int) -> None:
-    """Raises DiskError where the export cannot fit at its fullest, with nothing of it in memory."""
-    require_room(out, fullest(shape, quants, rows), "The export")
-
-
 def require_room(out: Path, needed: int, what: str) -> None:
     """Raises DiskError where `out` has fewer bytes free than `what` needs."""
-    place = out
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = room(out).free
     if free < needed:
         raise DiskError(
-            f"{what} needs {needed / 1e9:.2f} GB at its fullest and {place} has {free / 1e9:.2f} GB free. "
+            f"{what} needs {needed / 1e9:.2f} GB at its fullest and there are {free / 1e9:.2f} GB free for {out}. "
             "Remove old runs, name fewer quants, or use a larger volume."
         )
 

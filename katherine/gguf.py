@@ -1,5 +1,5 @@
 """From a folder of safetensors to GGUF files: llama.cpp's converter and quantiser, each in a child process, with
-their progress. Merging an adapter is export's work, judging the files acceptance's."""
+their progress. Merging an adapter is merge's work, judging the files acceptance's."""
 
 import codecs
 import ctypes

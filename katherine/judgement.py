@@ -287,20 +287,20 @@ def position(verdicts: Iterable[Verdict]) -> Position:
 
 def agreement(verdicts: Iterable[Verdict]) -> Agreement:
     """Each person's newest verdict on a question counts, whatever talk it was given in."""
-    units: dict[tuple[object, ...], dict[str, Verdict]] = {}
+    units: dict[tuple[object, ...], dict[tuple[str, str], Verdict]] = {}
     for verdict in sorted(verdicts, key=lambda each: each.time):
         said = bool(preferred(verdict)) or verdict.tie or verdict.none_good
         if verdict.source and said:
             columns = tuple(sorted(judged.column for judged in verdict.answers))
             unit = verdict.source, verdict.round, verdict.question, columns
-            units.setdefault(unit, {})[verdict.reviewer.casefold()] = verdict
+            units.setdefault(unit, {})[reviews.person(verdict)] = verdict
     shared = [list(by_person.values()) for by_person in units.values() if len(by_person) > 1]
     labels = [[_label(verdict) for verdict in unit] for unit in shared]
     pairs = [pair for unit in labels for pair in combinations(unit, 2)]
     return Agreement(
         len(shared),
         sum(len({_words(verdict) for verdict in unit}) == 1 for unit in shared),
-        len({verdict.reviewer.casefold() for unit in shared for verdict in unit}),
+        len({reviews.person(verdict) for unit in shared for verdict in unit}),
         len(pairs),
         sum(a == b for a, b in pairs),
         alpha(labels) if len(shared) >= ENOUGH else None,
@@ -397,11 +397,11 @@ def _quant(column: str) -> str:
 
 
 def reviewers(verdicts: Iterable[Verdict], recommendations: Iterable[Recommendation] = ()) -> tuple[Reviewer, ...]:
-    """Whoever judged or recommended, by name; a name counts as the same whatever the case of its letters."""
-    given: dict[str, list[Verdict]] = {}
+    """Whoever judged or recommended, by name; who is the same person is reviews' to say."""
+    given: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:
-        given.setdefault(verdict.reviewer.casefold(), []).append(verdict)
-    last_words = {each.reviewer.casefold(): each for each in recommendations}
+        given.setdefault(reviews.person(verdict), []).append(verdict)
+    last_words = {reviews.person(each): each for each in recommendations}
     found = []
     for key in given.keys() | last_words.keys():
         theirs: Sequence[Verdict | Recommendation] = [*given.get(key, ()), *filter(None, [last_words.get(key)])]

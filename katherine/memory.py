@@ -36,6 +36,12 @@ def resident(pid: int) -> int:
     return _status(pid, "VmRSS:")
 
 
+def peak(pid: int) -> int:
+    """The most bytes of main memory that the process has held at once; 0 where it is gone. (Its own ru_maxrss would
+    begin at its parent's.)"""
+    return _status(pid, "VmHWM:")
+
+
 def _mapped(pid: int) -> int:
     return _status(pid, "RssFile:")
 

@@ -162,7 +162,7 @@ def _judged(home: Home, export_id: str) -> Judged:
                 thumbs = up if answer.thumb > 0 else down
                 thumbs[answer.quant] = thumbs.get(answer.quant, 0) + 1
     return Judged(
-        len({verdict.reviewer.casefold() for verdict in given}),
+        len({reviews.person(verdict) for verdict in given}),
         len(given),
         preferred,
         sum(verdict.tie for verdict in given),

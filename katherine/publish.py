@@ -27,8 +27,8 @@ from pathlib import Path
 
 import msgspec
 
-from katherine import approval, audit, manifests, modelcard, runs
-from katherine.approval import ADAPTER_FILES, Approval
+from katherine import adapters, approval, audit, manifests, modelcard, runs
+from katherine.approval import Approval
 from katherine.destinations import Bucket, Hub, Repository, Sending, place, xet_of
 from katherine.errors import ApprovalError, Busy, DiskError, NotFound, PublishError
 from katherine.progress import Progress, Stopped
@@ -161,7 +161,7 @@ def _approved(home: Home, run: Run, given: Approval) -> list[_Source]:
     for number, adapter in enumerate(given.adapters, start=1):
         of = runs.load(home, adapter.run)
         for file in adapter.files:
-            if file.file not in ADAPTER_FILES:
+            if file.file not in adapters.FILES:
                 raise ApprovalError(f"{file.file!r} is not a file of an adapter. Approve again.")
             item = Item(f"adapters/{number}-{of.record.kind}/{file.file}", "adapter", file.bytes)
             found.append(_Source(item, of.out / "adapter" / file.file, file.sha256))
@@ -176,7 +176,7 @@ def _offered(home: Home, run: Run) -> list[_Source]:
     ]
     trained = [each for each in modelcard.line(home, run) if _is_whole(each.out / "adapter")]
     for number, of in enumerate(trained, start=1):
-        for name in ADAPTER_FILES:
+        for name in adapters.FILES:
             file = of.out / "adapter" / name
             item = Item(f"adapters/{number}-{of.record.kind}/{name}", "adapter", file.stat().st_size)
             found.append(_Source(item, file, ""))
@@ -184,7 +184,7 @@ def _offered(home: Home, run: Run) -> list[_Source]:
 
 
 def _is_whole(adapter: Path) -> bool:
-    return all((adapter / name).is_file() and not (adapter / name).is_symlink() for name in ADAPTER_FILES)
+    return all((adapter / name).is_file() and not (adapter / name).is_symlink() for name in adapters.FILES)
 
 
 def _papers(home: Home, run: Run, given: Approval | None) -> dict[str, bytes]:

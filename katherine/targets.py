@@ -77,9 +77,6 @@ class TargetReport:
             total += f", {size:,} trainable at rank {rank} ({size / self.parameters:.2%})"
         return [*said, total, *self.warnings]
 
-    def text(self, rank: int | None = None) -> str:
-        return "\n".join(self.lines(rank))
-
 
 def _short(names: Sequence[str]) -> str:
     return " ".join(name.rpartition(".")[2] for name in names)

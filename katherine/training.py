@@ -4,7 +4,7 @@ held-out split, averaging and EMA. Each trainer's own loss and data are the busi
 import hashlib
 import json
 import math
-import resource
+import os
 import shutil
 import tempfile
 import time
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from katherine import adapters, checkpoints
+from katherine import adapters, checkpoints, memory
 from katherine import model as models
 from katherine.checkpoints import Checkpoints, sync
 from katherine.errors import DataError, TemplateError, TrainingError
@@ -24,8 +24,6 @@ from katherine.recipe import DpoRecipe, SftRecipe
 from katherine.template import Parity
 
 _EMA = "ema.safetensors"
-
-T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -217,8 +215,7 @@ def _memory_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**30
-    # Linux counts ru_maxrss in KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return memory.peak(os.getpid()) / 2**30
 
 
 # --------------------------------------------------------------------------------------------------- a run

@@ -38,10 +38,3 @@ def dollars(amount: float | None) -> str:
 def moment(iso: str | None) -> str:
     """An ISO 8601 time as "2026-11-23 14:05 UTC". Empty for None."""
     return "" if not iso else datetime.fromisoformat(iso).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def ago(iso: str | None, now: datetime | None = None) -> str:
-    """How long ago an ISO 8601 time was: "3 min 20 s ago". Empty for None."""
-    if not iso:
-        return ""
-    return f"{duration(((now or datetime.now(UTC)) - datetime.fromisoformat(iso)).total_seconds())} ago"

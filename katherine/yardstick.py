@@ -118,8 +118,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Of a dataset: examples by kind that training will use, and token lengths (p50, p90, p99, max) by kind. assumed:
-    the lengths are not the dataset's own."""
+    """Of a dataset: what its report counted, None where there is no dataset yet."""
 
     report: dict[str, Any] | None
 

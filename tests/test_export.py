@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from persona import CONVERSATIONS, THINKING, Persona, conversation, persona, persona_gguf, write_adapter
 
-from katherine import acceptance, adapters, export, gguf, gguf_child, merge, model, scratch
+from katherine import acceptance, adapters, engines, export, gguf, gguf_child, merge, model, scratch
 from katherine.engines import Engine
 from katherine.errors import DataError, DiskError, ExportError, ModelError, NotFound, RecipeError, SetupError
 from katherine.examples import Message
@@ -126,7 +126,7 @@ def test_every_part_tells_its_progress_and_its_time(exported):
 
 
 def test_on_a_gpu_a_file_is_checked_while_the_next_are_made(katherine_, tmp_path, monkeypatch):
-    monkeypatch.setattr(acceptance, "on_gpu", lambda: True)
+    monkeypatch.setattr(engines, "offloads", lambda: True)
     making, progress = threading.Event(), Quiet()
     quantise = gguf.quantise
 
@@ -399,12 +399,13 @@ def test_sizes_are_known_before_anything_is_written(file, tmp_path):
 def test_a_disk_that_is_too_small_is_refused_with_both_figures(tmp_path):
     shape = export.Shape(parameters=10**15, vocabulary=248_320, width=4096)
     with pytest.raises(DiskError) as caught:
-        export.check_room(tmp_path / "not" / "there", shape, ("q4_k_m",), 2048)
+        export.require_room(tmp_path / "not" / "there", export.fullest(shape, ("q4_k_m",), 2048), "The export")
     free = shutil.disk_usage(tmp_path).free / 1e9
     needed, found = (float(figure) for figure in re.findall(r"([\d.]+) GB", str(caught.value)))
     # Twice 16 bits while converting: 4 PB, and 3% on top.
     assert needed == pytest.approx(4.12e6) and found == pytest.approx(free, rel=0.05)
-    export.check_room(tmp_path, export.Shape(10**6, 49_152, 576), ("q4_k_m", "q5_k_m", "q6_k"), 1024)
+    small = export.fullest(export.Shape(10**6, 49_152, 576), ("q4_k_m", "q5_k_m", "q6_k"), 1024)
+    export.require_room(tmp_path, small, "The export")
 
 
 def test_what_is_missing_is_named_before_anything_starts(katherine_, tmp_path, monkeypatch):

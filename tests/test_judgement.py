@@ -183,3 +183,15 @@ def test_notes_and_progress_are_told_by_person(panel):
     assert (people["Ben"].judged, people["Ben"].sets, people["Ben"].free) == (1, {}, 1)
     assert people["Ann"].recommendation is not None and people["Ann"].recommendation.good
     assert people["Cleo"].judged == 0 and found.verdicts == 3
+
+
+def test_who_types_anothers_name_in_another_role_is_somebody_else(panel):
+    reviewers = panel.recommend("Ann", True, Q4)
+    operators = msgspec.structs.replace(reviewers, id="other", role="operator", good=False)
+    reviews.recommend(panel.home, operators)
+    verdict = panel.judge("Ann", "Who?", SAID, source="katherine/who", best=Q4)
+    both = [verdict, msgspec.structs.replace(verdict, id="other", role="operator", tie=True, preferred="")]
+    found = judgement.of(both, reviews.recommendations(panel.home, panel.export))
+    told = {one.role: (one.judged, one.recommendation) for one in found.reviewers}
+    assert told == {"operator": (1, operators), "reviewer": (1, reviewers)}
+    assert (found.agreement.questions, found.agreement.people, found.agreement.agreed) == (1, 2, 0)

@@ -156,6 +156,8 @@ def test_a_run_that_has_the_gpu_is_named_and_waited_for(home, pool, chosen):
 
 def test_of_two_gpus_chat_takes_the_last_and_gives_way_only_where_none_is_free(home, make_pool, chosen, monkeypatch):
     monkeypatch.setattr(gpu, "usable", lambda: ("0", "1"))
+    # A training in this process has set it.
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(PROJECT / "tests" / "two_cards"), os.environ["PYTHONPATH"]]))
     pool = make_pool(quiet=0, notice=0.1)
     pid = use(pool, chosen[0])

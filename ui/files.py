@@ -16,7 +16,7 @@ import msgspec
 from fastapi import FastAPI, Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
-from katherine import approval, audit, corpus, logs, manifests, publish, runs, scorecard, shelf, talks
+from katherine import adapters, approval, audit, corpus, logs, manifests, publish, runs, scorecard, shelf, talks
 from katherine.errors import DataError, NotFound
 from katherine.runs import Run
 from katherine.settings import Home
@@ -27,7 +27,6 @@ AUDIT = f"{PREFIX}/{audit.FILE}"
 PIECE_BYTES = 1_000_000
 # private: no cache on the way keeps a persona's weights. no-transform: nor compresses, which would lose the length.
 HEADERS = {"Cache-Control": "private, no-cache, no-transform", "X-Content-Type-Options": "nosniff"}
-ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "base.json")
 LOG = "log.txt"
 # Of a probe run: made of its answers when it is asked for.
 RESULTS = "results.csv"
@@ -67,7 +66,7 @@ def files(run: Run) -> list[File]:
     found = [
         File(Path(name).name, run.path / name, f"{run.id}-{Path(name).name}", grows) for name, grows in top.items()
     ]
-    found += [File(f"adapter/{name}", run.out / "adapter" / name, name) for name in ADAPTER]
+    found += [File(f"adapter/{name}", run.out / "adapter" / name, name) for name in adapters.FILES]
     try:
         named = [entry.file for entry in manifests.read(run).files]
     except (NotFound, DataError):

@@ -4,6 +4,8 @@ import argparse
 import secrets
 from collections.abc import Sequence
 
+import msgspec
+
 from jobs.commands.terminal import Commands, command, say, show
 from katherine import blind, reviews, runs, talks
 from katherine.errors import DataError, NotFound
@@ -76,12 +78,12 @@ def judge(options: argparse.Namespace) -> None:
 
 def recommend(options: argparse.Namespace) -> None:
     at, who = home(), reviews.name(options.who)
-    given = [each for each in reviews.verdicts(at, options.export) if (each.reviewer, each.role) == (who, ROLE)]
     column = f"{options.export}:{options.prefer}" if options.prefer else ""
     word = Recommendation(
-        secrets.token_hex(8), runs.now(), who, ROLE, options.export, options.word == "yes", column, options.note,
-        len(given),
-    )  # fmt: skip
+        secrets.token_hex(8), runs.now(), who, ROLE, options.export, options.word == "yes", column, options.note
+    )
+    mine = [each for each in reviews.verdicts(at, options.export) if reviews.person(each) == reviews.person(word)]
+    word = msgspec.structs.replace(word, judged=len(mine))
     reviews.recommend(at, word)
     print(word.id)
 
