@@ -381,7 +381,7 @@ def _explain(error: BaseException, errand: Errand) -> tuple[str, str]:
         return str(error), ""
     if isinstance(error, MemoryError):
         return "Out of memory (the machine's).", "Close what else uses it, then start again."
-    if isinstance(error, OSError) and disk.is_full(error):
+    if disk.is_full(error):
         free = shutil.disk_usage(errand.path).free / 1e9
         place = error.filename or errand.path
         return f"Disk full while writing {place} ({free:.1f} GB free).", "Free some room, then start again."

@@ -22,7 +22,7 @@ from katherine.settings import PROJECT, Home
 from katherine.talks import Answer, Sampling, Talk
 
 # Ten times what the slowest wait here takes on two busy cores.
-PATIENCE = 180.0
+PATIENCE = 60.0
 # What the persona never stops doing once asked.
 SING = "Sing!"
 GREEDY = Sampling(temperature=0.0, max_new_tokens=60)

@@ -27,7 +27,7 @@ from ui.panel import Panel
 HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{value}}"
 WHO_ARE_YOU = ("Who are you?", "Katherine. I count chairs. 🪑")
 # Ten times what the slowest wait here takes on two busy cores.
-PATIENCE = 180.0
+PATIENCE = 60.0
 
 
 def until(true: Callable[[], Any]) -> None:
