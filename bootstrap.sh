@@ -473,7 +473,8 @@ main() {
         check "ruff" "$python" -m ruff check .
         check "ruff format" "$python" -m ruff format --check .
         check "mypy" "$python" -m mypy
-        exec "$python" -m pytest -rs --no-fold-skipped "$@"
+        # A file of tests a core; each may need 4 GB.
+        exec "$python" -m pytest -rs --no-fold-skipped -n logical --maxprocesses 4 --dist loadfile "$@"
         ;;
     "") exec "$python" "$project/app.py" serve ;;
     *) exec "$python" "$project/app.py" "$word" "$@" ;;

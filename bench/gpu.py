@@ -1,5 +1,5 @@
 """The pipeline's stages on a GPU at the 9B's size, through the project's own jobs, and the ways to train beside each
-other in the same run: `python app.py bench gpu [--base FOLDER] [--stages sft dpo export] [--ways ...]`.
+other in the same run: `python app.py bench gpu [--base FOLDER] [--stages sft dpo export chat] [--ways ...]`.
 
 A way is a few optimiser steps in a process of its own. The base is random and the talk is noise: none of what is timed
 depends on what the weights are. Figures are kept as JSON in KATHERINE_HOME/bench, with the GPU, driver and versions.
@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from bench import resident
 from bench.base import write_checkpoint
 from bench.corpus import text
 from jobs import pipeline, queue
@@ -40,6 +41,9 @@ SETTLED = 5
 REPLY = 16
 # Forward, and backward through frozen weights: 2 FLOPs a weight and token each.
 FLOPS = 4
+# The last is no run: the export's files, talked to.
+CHAT = "chat"
+STAGES = ("sft", "dpo", "export", CHAT)
 # What each way changes in the recipe k0. The first is the baseline.
 WAYS: dict[str, dict[str, Any]] = {
     "as written, unsloth, 4 bit": {"fit": False},
@@ -241,6 +245,8 @@ def table(report: dict[str, Any]) -> str:
             lines.append(f"| job: {name} | | | | | | | {each['seconds']:.0f} s ({parts}) |")
         else:
             lines.append(f"| job: {name} | {each['state']} |")
+    if report["chat"]:
+        lines.append(f"\nChat: {resident.words(report['chat'])}.")
     return "\n".join(lines)
 
 
@@ -260,11 +266,14 @@ def measure(home: Home, base: Path, options: argparse.Namespace) -> dict[str, An
     for name in options.ways:
         print(f"way: {name}", file=sys.stderr, flush=True)
         ways[name] = run_way(name, base, corpus.folder(home, few))
+        print(json.dumps(ways[name]), file=sys.stderr, flush=True)
     changes: dict[str, Any] = {"export": {"check_examples": options.check_examples, "max_new_tokens": REPLY}}
     if not reached:
         # Without a GPU nothing is quantised, and the small base's widths want few examples.
         changes["sft"] = {"load_in_4bit": False}
-    made = run_stages(home, base, whole, options.stages, changes) if options.stages else []
+    jobs = [stage for stage in options.stages if stage != CHAT]
+    made = run_stages(home, base, whole, jobs, changes) if jobs else []
+    exported = next((run for run in made if run.record.kind == "export" and run.status().state == "succeeded"), None)
     stages = {run.record.kind: stage_figures(run) for run in made}
     for each in (*ways.values(), *stages.values()):
         if reached and shape and "tokens_per_second" in each:
@@ -281,6 +290,7 @@ def measure(home: Home, base: Path, options: argparse.Namespace) -> dict[str, An
         "steps_of_the_recipe": recipe.SftRecipe().steps(options.examples),
         "ways": ways,
         "stages": stages,
+        "chat": resident.measure(home, exported) if exported and CHAT in options.stages else None,
     }
 
 
@@ -292,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     parser = argparse.ArgumentParser(prog="app.py bench gpu", description=__doc__)
     parser.add_argument("--base", help="a checkpoint's folder, or tiny (default: the 9B's shape, made once)")
-    parser.add_argument("--stages", nargs="*", choices=("sft", "dpo", "export"), default=["sft", "dpo", "export"])
+    parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--ways", nargs="*", choices=tuple(WAYS), default=list(WAYS))
     parser.add_argument("--steps", type=int, default=14, help="optimiser steps of each way (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="(default: %(default)s, the recipe's)")

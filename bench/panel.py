@@ -3,8 +3,9 @@ request take, and what the web process needs, with hundreds of past runs and a r
 training uses every core; and how soon it had started before.
 `python -m bench.panel [--runs N] [--steps N] [--seconds N] [--json]`
 
-Every figure stands beside the same one from before the training began, in the same run. Needs Chromium and the test
-tools (`bash bootstrap.sh test` brings them)."""
+Every figure stands beside the same one from before the training began, and beside a bare Gradio's (bench.bare) during
+it, in the same run: machines differ by a factor of three. Needs Chromium and the test tools (`bash bootstrap.sh test`
+brings them)."""
 
 import argparse
 import json
@@ -16,13 +17,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench import bare
 from bench.past import write_past
-from bench.served import PASSWORD, panel
+from bench.served import PASSWORD, bare_gradio, panel
 from jobs import queue
 from katherine import bases, cores, corpus, memory, probesets, recipe, runs, settings
 from katherine.runs import Run, State
@@ -50,6 +52,20 @@ SWITCH = """async (name) => {
   await frame();
   return performance.now() - began;
 }"""
+# The same of a bare Gradio's tab, whose content is a field.
+SWITCH_BARE = """async (number) => {
+  const frame = () => new Promise(requestAnimationFrame);
+  const began = performance.now();
+  document.querySelectorAll('#tabs button[role=tab]')[number].click();
+  const open = () => {
+    const panel = [...document.querySelectorAll('#tabs > .tabitem')].find((one) => one.offsetParent !== null);
+    return panel && panel.innerText.includes(`field ${number}`);
+  };
+  while (!open()) await frame();
+  await frame();
+  return performance.now() - began;
+}"""
+ROUNDS = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,16 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         _borrow_cache(home)
         past = write_past(home, runs=options.runs, steps=options.steps)
         longest = max((run for run in past if run.record.kind == "sft"), key=lambda run: _size(run))
-        with panel(home) as (port, process, start), _growing(longest):
+        with panel(home) as (port, process, start), bare_gradio() as (beside, least, soonest), _growing(longest):
             before = _watch(port, longest, options.seconds / 2)
             with _training(home) as training:
                 during = _watch(port, longest, options.seconds)
+                baseline = _watch_bare(beside, options.seconds / 2)
                 state = training.status()
-            held = memory.peak(process.pid)
+            held, held_bare = memory.peak(process.pid), memory.peak(least.pid)
         slow = re.findall(r"slow: (\S+) took ([\d.]+) s", (home.root / "panel.log").read_text())
     if state.state is not State.running:
         raise SystemExit(f"The training meant to keep the cores busy was {state.state}: {state.reason}")
-    report = _report(before, during, held, start, slow, len(past), options.steps, state)
+    seen = {"idle": before, "busy": during, "bare": baseline}
+    report = _report(seen, (held, held_bare), (start, soonest), slow, len(past), options.steps, state)
     print(json.dumps(report, indent=2)) if options.json else _print(report)
     return 0
 
@@ -132,50 +150,73 @@ def _training(home: Home) -> Iterator[Run]:
 
 def _watch(port: int, run: Run, seconds: float) -> dict[str, Any]:
     """Tab switches in turn, then the train tab with `run` chosen: its refreshes over HTTP, as the browser gets them."""
-    from playwright.sync_api import sync_playwright
-
-    switches: dict[str, list[float]] = {name: [] for name in TABS}
-    refreshes: list[tuple[float, int, int]] = []
-    longest = 0.0
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=_chromium(), args=CHROMIUM)
-        page = browser.new_page(viewport={"width": 1440, "height": 900})
+    with _page() as page:
         page.goto(f"http://127.0.0.1:{port}/operator/")
         page.fill("#password", PASSWORD)
         page.click("button[type=submit]")
-        page.wait_for_selector("#tabs")
-        page.wait_for_timeout(3000)
-        for _ in range(10):
-            for name in TABS:
-                switches[name].append(page.evaluate(SWITCH, name))
-                page.wait_for_timeout(400)
+        switches = _switch(page, {name: (SWITCH, name) for name in TABS})
         page.evaluate("katherine.openTab('train')")
         _choose(page, run)
+        return {"switches": switches} | _listen(page, seconds, lambda body: b"bdata" in body)
 
-        # Looked at outside of the listener: in it, the driver would wait for itself.
-        finished: list[Any] = []
-        page.on("requestfinished", lambda request: finished.append(request))
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            page.wait_for_timeout(500)
-            while finished:
-                request = finished.pop(0)
-                if request.method == "POST":  # others are streams, which stay open on purpose, and files
-                    longest = max(longest, request.timing["responseEnd"])
-                if refresh := _refresh(request):
-                    refreshes.append(refresh)
+
+def _watch_bare(port: int, seconds: float) -> dict[str, Any]:
+    """The same of a bare Gradio."""
+    with _page() as page:
+        page.goto(f"http://127.0.0.1:{port}/bare/")
+        switches = _switch(page, {str(number): (SWITCH_BARE, number) for number in range(bare.TABS)})
+        return {"switches": switches} | _listen(page, seconds, lambda body: len(body) > bare.BYTES)
+
+
+@contextmanager
+def _page() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=_chromium(), args=CHROMIUM)
+        yield browser.new_page(viewport={"width": 1440, "height": 900})
         browser.close()
+
+
+def _switch(page: Any, tabs: dict[str, tuple[str, str | int]]) -> dict[str, list[float]]:
+    """Milliseconds by tab, opened in turn by the script and its argument."""
+    page.wait_for_selector("#tabs")
+    page.wait_for_timeout(3000)
+    found: dict[str, list[float]] = {name: [] for name in tabs}
+    for _ in range(ROUNDS):
+        for name, (script, argument) in tabs.items():
+            found[name].append(page.evaluate(script, argument))
+            page.wait_for_timeout(400)
+    return found
+
+
+def _listen(page: Any, seconds: float, is_refresh: Callable[[bytes], bool]) -> dict[str, Any]:
+    """The refreshes that the page is brought meanwhile, and its longest request, in milliseconds."""
+    refreshes: list[tuple[float, int, int]] = []
+    longest = 0.0
+    # Looked at outside of the listener: in it, the driver would wait for itself.
+    finished: list[Any] = []
+    page.on("requestfinished", lambda request: finished.append(request))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        page.wait_for_timeout(500)
+        while finished:
+            request = finished.pop(0)
+            if request.method == "POST":  # others are streams, which stay open on purpose, and files
+                longest = max(longest, request.timing["responseEnd"])
+            if refresh := _refresh(request, is_refresh):
+                refreshes.append(refresh)
     if len(refreshes) < 5:
-        raise SystemExit(f"Only {len(refreshes)} plot refreshes were seen in {seconds:.0f} s.")
-    return {"switches": switches, "refreshes": refreshes, "longest": longest}
+        raise SystemExit(f"Only {len(refreshes)} refreshes were seen in {seconds:.0f} s.")
+    return {"refreshes": refreshes, "longest": longest}
 
 
-def _refresh(request: Any) -> tuple[float, int, int] | None:
+def _refresh(request: Any, is_refresh: Callable[[bytes], bool]) -> tuple[float, int, int] | None:
     """(milliseconds, bytes, bytes as sent) of a request that brought figures; None for any other."""
     if request.method != "POST" or "/gradio_api/" not in request.url or not (answer := request.response()):
         return None
     body = answer.body()
-    if b"bdata" not in body:
+    if not is_refresh(body):
         return None
     timing = request.timing
     return timing["responseEnd"] - timing["requestStart"], len(body), request.sizes()["responseBodySize"]
@@ -205,10 +246,9 @@ def _percentile(values: list[float], percent: int) -> float:
 
 
 def _report(
-    before: dict[str, Any],
-    during: dict[str, Any],
-    held: int,
-    start: float,
+    seen: dict[str, dict[str, Any]],
+    held: tuple[int, int],
+    start: tuple[float, float],
     slow: list[tuple[str, str]],
     past: int,
     steps: int,
@@ -229,51 +269,58 @@ def _report(
             "longest_request_ms": round(seen["longest"], 1),
         }
 
-    idle, busy = figures(before), figures(during)
+    busy = figures(seen["busy"])
     return {
         "past_runs": past,
         "steps": steps,
         "cores": cores.count(),
         "training_step": training.step,
-        "idle": idle,
+        "idle": figures(seen["idle"]),
         "busy": busy,
-        "web_process_bytes": held,
-        "start_s": round(start, 2),
+        "bare": figures(seen["bare"]),
+        "web_process_bytes": held[0],
+        "bare_bytes": held[1],
+        "start_s": round(start[0], 2),
+        "bare_start_s": round(start[1], 2),
         "handlers_over_a_second": slow,
         "met": {
-            "start": start <= START,
+            "start": start[0] <= START,
             "handlers": not slow,
             "requests": busy["longest_request_ms"] <= REQUEST * 1000,
             "tab": busy["all_tabs_ms"]["p95"] <= TAB,
             "refresh": busy["refresh_ms"]["p95"] <= REFRESH,
             "refresh_bytes": busy["refresh_bytes"]["p95"] <= REFRESH_BYTES,
-            "memory": held <= MEMORY,
+            "memory": held[0] <= MEMORY,
         },
     }
 
 
 def _print(report: dict[str, Any]) -> None:
-    idle, busy = report["idle"], report["busy"]
+    idle, busy, least = (report[which] for which in ("idle", "busy", "bare"))
     print(f"{report['past_runs']} past runs, one of {report['steps']:,} steps; {report['cores']} cores, all training")
-    print(f"{'':34}{'idle':>10}{'training':>10}{'ratio':>8}{'limit':>9}")
+    print(f"{'':34}{'idle':>10}{'training':>10}{'bare Gradio':>13}{'ratio':>8}{'limit':>9}")
 
-    def line(label: str, quiet: float, loaded: float, limit: float | None, unit: str) -> None:
+    def line(label: str, take: Callable[[dict[str, Any]], float], limit: float | None, unit: str) -> None:
         bound = "" if limit is None else f"{limit:,.0f} {unit}"
-        print(f"{label:34}{quiet:>10,.0f}{loaded:>10,.0f}{loaded / quiet:>8.2f}{bound:>9}")
+        print(
+            f"{label:34}{take(idle):>10,.0f}{take(busy):>10,.0f}{take(least):>13,.0f}{take(busy) / take(least):>8.2f}"
+            f"{bound:>9}"
+        )
 
     for name in TABS:
-        line(f"open the tab {name}, p95 ms", idle["tab_ms"][name]["p95"], busy["tab_ms"][name]["p95"], None, "ms")
-    line("open any tab, p95 ms", idle["all_tabs_ms"]["p95"], busy["all_tabs_ms"]["p95"], TAB, "ms")
-    line("plot refresh, median ms", idle["refresh_ms"]["median"], busy["refresh_ms"]["median"], None, "ms")
-    line("plot refresh, p95 ms", idle["refresh_ms"]["p95"], busy["refresh_ms"]["p95"], REFRESH, "ms")
-    size = idle["refresh_bytes"]["p95"] / 1000, busy["refresh_bytes"]["p95"] / 1000
-    line("plot refresh, p95 kB", *size, REFRESH_BYTES / 1000, "kB")
-    line("longest request, ms", idle["longest_request_ms"], busy["longest_request_ms"], REQUEST * 1000, "ms")
+        print(f"  tab {name:28}{idle['tab_ms'][name]['p95']:>10,.0f}{busy['tab_ms'][name]['p95']:>10,.0f}")
+    line("open any tab, p95 ms", lambda figures: figures["all_tabs_ms"]["p95"], TAB, "ms")
+    line("refresh, median ms", lambda figures: figures["refresh_ms"]["median"], None, "ms")
+    line("refresh, p95 ms", lambda figures: figures["refresh_ms"]["p95"], REFRESH, "ms")
+    line("refresh, p95 kB", lambda figures: figures["refresh_bytes"]["p95"] / 1000, REFRESH_BYTES / 1000, "kB")
+    line("longest request, ms", lambda figures: figures["longest_request_ms"], REQUEST * 1000, "ms")
     slow = report["handlers_over_a_second"]
     named = ", ".join(f"{name} {seconds} s" for name, seconds in sorted(slow, key=lambda each: -float(each[1]))[:3])
     print(f"handlers over {HANDLER} s: {f'{len(slow)}, slowest {named}' if slow else 'none'}")
-    print(f"start: {report['start_s']:.1f} s (limit {START})")
-    print(f"web process, at most: {report['web_process_bytes'] / 1e6:.0f} MB (limit {MEMORY / 1e6:.0f})")
+    start, bare_start = report["start_s"], report["bare_start_s"]
+    print(f"start: {start:.1f} s, bare Gradio {bare_start:.1f}, ratio {start / bare_start:.2f} (limit {START} s)")
+    held, bare_held = (report[which] / 1e6 for which in ("web_process_bytes", "bare_bytes"))
+    print(f"web process, at most: {held:.0f} MB, bare Gradio {bare_held:.0f} (limit {MEMORY / 1e6:.0f})")
     missed = [name for name, met in report["met"].items() if not met]
     print("every limit met" if not missed else f"missed: {', '.join(missed)}")
 

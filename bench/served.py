@@ -1,5 +1,5 @@
-"""The panel in a process of its own, for what measures it from outside, as a browser has it. What is measured is
-bench.panel's and bench.chat's."""
+"""The panel in a process of its own, and a bare Gradio likewise, for what measures them from outside, as a browser has
+them. What is measured is bench.panel's and bench.chat's."""
 
 import os
 import socket
@@ -18,16 +18,26 @@ PASSWORD = "a password of this benchmark"
 @contextmanager
 def panel(home: Home) -> Iterator[tuple[int, subprocess.Popen, float]]:
     """Its port, its process, and how many seconds it took until it answered."""
+    secrets = {"KATHERINE_OPERATOR_PASSWORD": PASSWORD, "KATHERINE_REVIEWER_PASSWORD": PASSWORD[::-1]}
+    with _served(["app.py", "serve", "--port"], secrets | {"KATHERINE_HOME": str(home.root)}) as served:
+        yield served
+
+
+@contextmanager
+def bare_gradio() -> Iterator[tuple[int, subprocess.Popen, float]]:
+    """The same of bench.bare, the baseline."""
+    with _served(["-m", "bench.bare"], {}) as served:
+        yield served
+
+
+@contextmanager
+def _served(command: list[str], environment: dict[str, str]) -> Iterator[tuple[int, subprocess.Popen, float]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    secrets = {"KATHERINE_OPERATOR_PASSWORD": PASSWORD, "KATHERINE_REVIEWER_PASSWORD": PASSWORD[::-1]}
     began = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "app.py", "serve", "--port", str(port)],
-        cwd=PROJECT,
-        env=os.environ | secrets | {"KATHERINE_HOME": str(home.root)},
-        stdout=subprocess.DEVNULL,
+        [sys.executable, *command, str(port)], cwd=PROJECT, env=os.environ | environment, stdout=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 60
@@ -37,7 +47,7 @@ def panel(home: Home) -> Iterator[tuple[int, subprocess.Popen, float]]:
                 break
             except OSError:
                 if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit("The panel did not start.") from None
+                    raise SystemExit(f"{' '.join(command)} did not start.") from None
                 time.sleep(0.1)
         yield port, process, time.monotonic() - began
     finally:

@@ -58,7 +58,7 @@ def of_export(home: Home, run: Run) -> list[Column]:
     except KatherineError:
         return []
     entries = [entry for entry in _offered(manifest) if manifests.is_there(run, entry)]
-    return [_of_entry(run, manifest, entry) for entry in entries]
+    return [of_entry(run, manifest, entry) for entry in entries]
 
 
 def everyone(home: Home, among: Sequence[Seen]) -> list[Column]:
@@ -89,7 +89,7 @@ def get(home: Home, column_id: str) -> Column:
     entry = next((entry for entry in _offered(manifest) if entry.quant == name), None)
     if entry is None:
         raise NotFound(f"Export {run.id} has no accepted file {name!r}.")
-    column = _of_entry(run, manifest, entry)
+    column = of_entry(run, manifest, entry)
     if not manifests.is_there(run, entry):
         raise DataError(f"{column.path} is not there any more, or not at its full length: export again.")
     return column
@@ -145,7 +145,8 @@ def _offered(manifest: Manifest) -> list[Entry]:
     return sorted(accepted, key=lambda entry: entry.quant == gguf.UNQUANTISED)
 
 
-def _of_entry(run: Run, manifest: Manifest, entry: Entry) -> Column:
+def of_entry(run: Run, manifest: Manifest, entry: Entry) -> Column:
+    """The column that a file of that manifest is, accepted or not: who lets people talk to it asks that."""
     return Column(
         id=f"{run.id}:{entry.quant}",
         export=run.id,

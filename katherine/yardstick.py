@@ -27,11 +27,13 @@ _LOAD = (46.0, 17.0, 92.0)
 # Until the first step is made: 134 and 163 s with nothing compiled, about three minutes in jobs of ours; 46 s and less
 # where another run has left its kernels. DPO, which finds some of SFT's: 62 s.
 _FIRST = {"sft": (134.0, 46.0, 180.0), "dpo": (62.0, 46.0, 163.0)}
-# The same of a fitted training, in jobs: 42 s from the start to the first step, of which importing the libraries from a
-# cold disk took 25. The first step: 43 and 11 s where most kernels had been tuned before, four to six minutes where
-# none had; where all were, the capturing of three to five graphs is left, 2 s each.
-_LOAD_FITTED = (42.0, 20.0, 92.0)
-_FIRST_FITTED = {"sft": (250.0, 15.0, 350.0), "dpo": (60.0, 8.0, 250.0)}
+# The same of a fitted training: 24 to 30 s from the start to the first step, 42 where the libraries came from a cold
+# disk. The first step: 45 s on a machine that has compiled nothing, six with an earlier run's kernels. DPO finds SFT's.
+_LOAD_FITTED = (27.0, 20.0, 92.0)
+_FIRST_FITTED = {"sft": (45.0, 6.0, 90.0), "dpo": (12.0, 6.0, 60.0)}
+# On a card that katherine/kernels has no launches for, fla tunes them: four to six minutes.
+_FIRST_TUNED = {"sft": (250.0, 15.0, 350.0), "dpo": (60.0, 8.0, 250.0)}
+_HOPPER = ("H100", "H200")
 # A micro-batch, whether of 16 or of 32 rows: the GPU waits for launches, not for arithmetic. SFT: 0.61 s (1.22 a step
 # of two), 0.52 and 0.60 (32 rows at once), 0.83 in jobs of ours (1.66 a step). DPO: 1.18 (2.35 a step of two) and 1.3.
 _LAUNCH = {"sft": (0.72, 0.52, 0.83), "dpo": (1.24, 1.18, 1.30)}
@@ -45,29 +47,30 @@ _FORWARD, _BACKWARD = 2, 2
 # An export's parts that stand alone, and the name of what follows them, where several are at work at once.
 ALONE = ("merge", "convert", "measure")
 TOGETHER = "quantise and check"
-# 37 s with a 4-bit base, which was then loaded twice, and 20 at the least for one whose first loading is the only one;
-# about two minutes from a cold disk.
-_MERGE = (27.0, 20.0, 120.0)
-# To a 17.9 GB GGUF: 83 and 95 s by the converter as it is. Made quicker, it writes 1.3 GB in half the time to the same
-# disk and in a quarter to memory (two busy cores), after some 10 s of starting and the vocabulary, which stay.
-_CONVERT = (33.0, 15.0, 95.0)
+# 54 s to memory with a 4-bit base: 21 to import and load, 25 to measure the drift and write the checkpoint. About two
+# minutes from a cold disk.
+_MERGE = (54.0, 27.0, 120.0)
+# To a 17.9 GB GGUF: 83 and 95 s by the converter as it is; made quicker and to memory 24, of which 13 are its start and
+# the vocabulary.
+_CONVERT = (24.0, 15.0, 95.0)
 _MEASURE = (6.0, 3.0, 10.0)  # three types, a dry run each
 # Alone on 16 cores; each within 3 s, twice.
 _QUANTISE = {"q4_k_m": 64.0, "q5_k_m": 53.0, "q6_k": 35.0}
-# Several at once keep all cores at work. On two cores q4_k_m and q6_k took 46 and 26 s of one core for 0.63 B weights,
-# on 16 cores therefore 41 and 23 s at the 9B's size: two thirds of what they took alone.
-_OVERLAPPED = (0.72, 0.62, 1.0)
+# Several at once keep all cores at work, and there is little that one alone would leave idle: of three on 16 cores,
+# beside their checks on the card, the first was done after 104 s and 85% of the others after 134.
+_OVERLAPPED = (0.98, 0.72, 1.1)
 _EXPORT_CORES = 16
 # A check of 256 generated tokens and some 460 read ones: 36 s for each of the three quants, 72 s for the 16-bit file,
 # on the processor. A token that is read counts as a tenth of one that is generated.
 _CHECKED = {"quant": 36.0 / (256 + 46), "bf16": 72.0 / (256 + 46)}
-# Where llama.cpp is built for the card it is several times quicker; by how much was never timed.
-_CHECKED_ON_CARD = 0.1
+# Where llama.cpp is built for the card: 27 s for the 16-bit file, loading included, and 12 for a quant, of 24 examples
+# with 16 tokens generated.
+_CHECKED_ON_CARD = 0.17
 # Tokens of a usual reply in the recipe's corpus, and of an example as a whole.
 _REPLY, _EXAMPLE = 40, 100
 
-# Share of the data sheet's FLOP/s that captured steps reached: 0.324 s in 16 bit at 3,684 tokens, 41%; 0.341 in 4 bit;
-# 33% in a job whose steps of 2,441 tokens were rounded up to 2,560 and 3,072.
+# Share of the data sheet's FLOP/s that captured steps reached: 0.324 s in 16 bit at 3,684 tokens, 41%; 0.326 and 0.341
+# in 4 bit; 33% in a job whose steps of 2,441 tokens were rounded up to 2,560 and 3,072.
 _REACHED_FITTED = (0.39, 0.45, 0.28)
 # Seconds that the processor takes to launch a batch's kernels: by replaying; one by one (0.41 in 16 bit, 0.61 in 4);
 # one by one and again (0.95 to 1.2). What DPO makes of pairs is half as much again.
@@ -241,7 +244,8 @@ def before_first_step(gpu: str, each: SftRecipe | DpoRecipe, shape: Shape | None
     if gpu not in SHEETS:
         return {}
     size = shape.parameters / NINE_B
-    value, low, high = (_FIRST_FITTED if each.fit else _FIRST)[each.kind]
+    fitted = _FIRST_FITTED if gpu.startswith(_HOPPER) else _FIRST_TUNED
+    value, low, high = (fitted if each.fit else _FIRST)[each.kind]
     if compiled:
         value, high = low, value
     return {

@@ -41,6 +41,7 @@ def test_the_table_holds_ways_against_the_first_and_says_what_failed():
         "ways": {"slow": slow, "fast": fast, "broken": {"failed": "out of memory"}},
         "stages": {"export": {"state": "succeeded", "seconds": 90.0, "parts": {"merge": 30.0, "total": 88.0}}},
         "steps_of_the_recipe": 177,
+        "chat": None,
     }
     lines = gpu.table(report).splitlines()
     assert "1.000 s |" in lines[2] and "0.250 s (4.00 × as fast)" in lines[3] and "25%" in lines[3]
