@@ -128,8 +128,7 @@ class Pool:
         self._asked = time.monotonic()
         self._wanted: _Wanted | None = None
         self._keeper: threading.Thread | None = None
-        self._offloads: bool | None = None
-        self._looking = threading.Lock()
+        self._on_gpu = False
         self._closed = threading.Event()
 
     # ------------------------------------------------------------------------------------------------ for pages
@@ -137,7 +136,7 @@ class Pool:
     def view(self) -> View:
         """What is loaded and how much room there is. Takes milliseconds."""
         with self._changed:
-            now, on_gpu = time.monotonic(), self._on_gpu()
+            now, on_gpu = time.monotonic(), self._on_gpu
             loaded = tuple(
                 Loaded(each.column.id, each.engine.pid if each.engine else None, self._bytes(each, on_gpu), each.state)
                 for each in self._held.values()
@@ -204,7 +203,7 @@ class Pool:
     def threads(self) -> int | None:
         """How many threads an answer should use, beside those that are given at the same time; None for all."""
         with self._changed:
-            if self._on_gpu():
+            if self._on_gpu:
                 return None
             busy = sum(each.state != "ready" or self._expected[each.column.id] > 0 for each in self._held.values())
             return max(1, cores.count() // max(1, busy))
@@ -225,7 +224,8 @@ class Pool:
         except KatherineError:
             self.unload(column.id)
             raise
-        self._look_for_a_gpu()
+        # It takes a child that may need a minute, once; so without the lock, and before anything is lent nobody knows.
+        self._on_gpu = engines.offloads()
         held = self._get(column, tell, stop)
         try:
             if held.engine is None:
@@ -283,7 +283,6 @@ class Pool:
                 if held.taken or self._closed.is_set():
                     raise EngineError("It was taken while it loaded.")
                 held.engine, held.state, held.used = engine, "answering", time.monotonic()
-                self._offloads = engine.meta()["on_gpu"]
                 self._changed.notify_all()
         except BaseException:
             engine.close()
@@ -314,7 +313,7 @@ class Pool:
                 return _busy(self._home, self._cards, busy)
             self._watch()
         needs = self._needs(column)
-        if needs > (free := self._free(self._on_gpu())):
+        if needs > (free := self._free(self._on_gpu)):
             if any(each.ending for each in self._held.values()):
                 return _MAKES_ROOM
             if any(each.state == "loading" for each in self._held.values()):
@@ -328,13 +327,13 @@ class Pool:
                 return "There is not memory for all the models at once, so they take turns: this one comes next."
             self._settle()
             raise EngineError(
-                f"This model needs about {needs / 1e9:.1f} GB of {'GPU ' * self._on_gpu()}memory and only "
+                f"This model needs about {needs / 1e9:.1f} GB of {'GPU ' * self._on_gpu}memory and only "
                 f"{free / 1e9:.1f} GB are free. End what else is running, or choose a smaller one."
             )
         return ""
 
     def _needs(self, column: Column) -> int:
-        return needs(column, self._on_gpu())
+        return needs(column, self._on_gpu)
 
     def _free(self, on_gpu: bool) -> int:
         """Bytes that another engine could take."""
@@ -349,16 +348,6 @@ class Pool:
 
     def _bytes(self, held: _Held, on_gpu: bool) -> int:
         return held.needs if on_gpu or held.engine is None else memory.resident(held.engine.pid)
-
-    def _on_gpu(self) -> bool:
-        """As far as it is known: before anything is lent, it is."""
-        return bool(self._offloads)
-
-    def _look_for_a_gpu(self) -> None:
-        """Once, and without the lock: it takes a child that may need a minute."""
-        with self._looking:
-            if self._offloads is None:
-                self._offloads = engines.offloads()
 
     # ------------------------------------------------------------------------------------------------ ends
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from katherine import runs
-from katherine.errors import Busy, KatherineError
+from katherine.errors import Busy
 from katherine.gpu import PROCESSOR
 from katherine.settings import Home
 from katherine.turns import bind, is_held, turn
@@ -121,14 +121,11 @@ def chatting(home: Home, names: Sequence[str]) -> bool:
 
 
 def _described(home: Home, name: str) -> str:
+    """The same for as long as it holds: a run's reason to wait is written down whenever it changes."""
     who = holder(home, name)
     if who is None:
         return "another process that has not said who it is"
     since = datetime.fromisoformat(who.since).strftime("%H:%M UTC")
     if who.run is None:
         return f"{who.what} (process {who.pid}) since {since}"
-    where = ""
-    with suppress(KatherineError):
-        status = runs.load(home, who.run).status()
-        where = f", step {status.step} of {status.of}" if status.of else f", {status.phase}" if status.phase else ""
-    return f"run {who.run} ({who.what}{where}) since {since}"
+    return f"run {who.run} ({who.what}) since {since}"

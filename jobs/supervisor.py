@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import selectors
 import signal
 import socket
@@ -470,12 +469,7 @@ def _report(what: str) -> None:
         print(f"{runs.now()} {what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
 
 
-# Where a holder stands changes with every step, and each change of the reason would be a write to the volume.
-_WHERE = re.compile(r"\((\w+), [^)]*\)")
-
-
 def _say_why_waiting(home: Home, run: Run, why: str) -> None:
-    why = _WHERE.sub(r"(\1)", why)
     with slot.mutex(home):
         status = run.status()
         if status.state is State.queued and status.reason != why:

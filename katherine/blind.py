@@ -142,17 +142,17 @@ def begin(home: Home, export_id: str, reviewer: str, role: str) -> Session:
         name = reviews.name(reviewer)
     except DataError as error:
         raise ReviewError(str(error)) from None
+    # 128 bits: nobody finds it by trying.
+    session = Session(secrets.token_hex(16), runs.now(), name, role, export_id, secrets.token_hex(16))
     with _changing:
         there = sessions(home, export_id)
         for known in there:
-            if (known.reviewer.casefold(), known.role) == (name.casefold(), role):
+            if reviews.person(known) == reviews.person(session):
                 return known
         if sum(known.role == role for known in there) >= MOST_SESSIONS:
             raise ReviewError(
                 f"{MOST_SESSIONS} people have begun with this version, and no more can. Please tell whoever asked you."
             )
-        # 128 bits: nobody finds it by trying.
-        session = Session(secrets.token_hex(16), runs.now(), name, role, export_id, secrets.token_hex(16))
         _save(home, session)
     return session
 
