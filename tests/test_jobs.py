@@ -452,7 +452,7 @@ def test_a_held_gpu_names_its_holder_and_a_run_queues_behind_it(home):
     assert ended(home, run).reason == ""
 
 
-def test_a_run_holds_the_gpu_and_is_named_with_its_step(home):
+def test_a_run_holds_the_gpu_and_is_named(home):
     run = under_way(ask(home, **LONG))
     with pytest.raises(Busy, match=rf"The GPU is held by run {run.id} \(steps\) since"):
         slot.take(home, "chat")
