@@ -85,18 +85,20 @@ def measure(checkpoint: Path, folder: Path, quants: Sequence[str]) -> list[tuple
         if export.sha256(plain) != export.sha256(quick):
             raise SystemExit("The two GGUFs differ: the quick converter is broken.")
 
-        def make(quant: str, source: Path) -> None:
-            out = folder / f"{source.stem}-{quant}.gguf"
-            gguf.quantise(source, out, quant, Quiet())
-            export.sha256(out)
-
         def at_once() -> None:
+            def make(quant: str) -> None:
+                out = folder / f"quick-{quant}.gguf"
+                export.quantise(quick, out, quant, gguf.reckon(quick, quant, Quiet()), Quiet())
+                export.sha256(out)
+
             with ThreadPoolExecutor(gguf.at_once(len(quants))) as pool:
-                list(pool.map(lambda quant: make(quant, quick), quants))
+                list(pool.map(make, quants))
 
         def one_by_one() -> None:
             for quant in quants:
-                make(quant, plain)
+                out = folder / f"plain-{quant}.gguf"
+                gguf.quantise(plain, out, quant, Quiet())
+                export.sha256(out)
 
         found.append((f"quantise and hash {', '.join(quants)}", timed(one_by_one), timed(at_once)))
     return found

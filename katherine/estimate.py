@@ -457,7 +457,8 @@ def _exporting(machine: Machine, each: ExportRecipe, shape: Shape | None, alike:
         return Stage(each.kind, parts, (), memory, len(learned))
     if shape is None:
         return Stage(each.kind, missing=("all of it",))
-    return Stage(each.kind, yardstick.exporting(machine.cores, each, shape), (), memory)
+    parts = yardstick.exporting(machine.cores, each, shape, on_card=bool(machine.kind))
+    return Stage(each.kind, parts, (), memory)
 
 
 def _together(sample: Sample, each: ExportRecipe) -> float:

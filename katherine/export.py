@@ -89,9 +89,11 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
                 tensors = gguf.convert(place, merged, unquantised, part, name=name, without_mtp=without_mtp)
                 shutil.rmtree(merged)
             with parts.part("measure") as part:
-                sizes = gguf.sizes(unquantised, recipe.quants, part)
+                with ThreadPoolExecutor(len(recipe.quants)) as pool:
+                    found = list(pool.map(lambda quant: gguf.reckon(unquantised, quant, part), recipe.quants))
+                reckoned = dict(zip(recipe.quants, found, strict=True))
                 left = logprobs if work is disk else 0
-                require_room(out, int(sum(sizes.values()) * MARGIN) + left, "Quantising")
+                require_room(out, int(sum(each.size for each in reckoned.values()) * MARGIN) + left, "Quantising")
             reference.touch()
             judge = functools.partial(
                 acceptance.examine,
@@ -107,7 +109,7 @@ def export(adapter: Path, dataset: Path, recipe: ExportRecipe, out: Path, progre
                 f"merged, {drift.kl:.5f} nats a token from base and adapter (at most {drift.tolerance}: "
                 f"{drift.reason})",
             )
-            full, files = _quantise_and_check(unquantised, folder, name, recipe.quants, drifted, judge, parts)
+            full, files = _quantise_and_check(unquantised, folder, name, reckoned, drifted, judge, parts)
     except Stopped:
         # It starts over, whatever was made.
         shutil.rmtree(folder, ignore_errors=True)
@@ -136,7 +138,7 @@ def _quantise_and_check(
     unquantised: Path,
     folder: Path,
     name: str,
-    quants: Sequence[str],
+    quants: Mapping[str, gguf.Reckoned],
     drifted: acceptance.Check,
     judge: Callable[..., acceptance.Examined],
     parts: Parts,
@@ -144,16 +146,16 @@ def _quantise_and_check(
     """The entry of the unquantised file, and those of the quants, in their order.
 
     The quants are made at once: llama.cpp looks through what it reads, and writes, in one thread, and the cores of one
-    that does are free for another. On a GPU each file is checked as soon as it is there, one at a time; on the
-    processor, whose cores a check needs as much, after all were made. Raises ExportError, once the others are done
-    with, where one of them cannot be made; Stopped.
+    that does are free for another; so is a GPU that reckons for one while another is written. On a GPU each file is
+    checked as soon as it is there, one at a time; on the processor, whose cores a check needs as much, after all were
+    made. Raises ExportError, once the others are done with, where one of them cannot be made; Stopped.
     """
     on_gpu = engines.offloads()
 
     def make(quant: str) -> tuple[Path, str]:
         path = folder / f"{name}-{quant}.gguf"
         with parts.part(f"quantise {quant}") as part:
-            gguf.quantise(unquantised, path, quant, part)
+            quantise(unquantised, path, quant, quants[quant], part)
         # While others are at work; alone it would be seconds a file.
         return path, sha256(path, part.stop_requested)
 
@@ -194,6 +196,22 @@ def _quantise_and_check(
         others = f" The others were: {', '.join(entries)}." if entries else ""
         raise ExportError(f"{len(failed)} of {len(quants)} files could not be made.{others}\n{said}")
     return full, [entries[quant] for quant in quants]
+
+
+def quantise(unquantised: Path, path: Path, quant: str, reckoned: gguf.Reckoned, progress: Progress) -> None:
+    """Writes `path`: by torch on a GPU, by llama.cpp's own quantiser where there is none, where another program has its
+    memory, or where torch does not know a type. Raises ExportError or Stopped; `path` is then absent."""
+    import torch
+
+    from katherine import model, requantise
+
+    if model.on_cuda() and requantise.is_able(reckoned):
+        try:
+            requantise.write(unquantised, path, quant, reckoned.kinds, progress)
+            return
+        except torch.OutOfMemoryError:
+            progress.say(f"{quant} finds no room on the GPU: it is quantised on the processor.")
+    gguf.quantise(unquantised, path, quant, progress)
 
 
 def offered(manifest: Path) -> list[dict[str, Any]]:

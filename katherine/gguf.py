@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from select import POLLIN, poll
+from typing import NamedTuple
 
 from katherine import cores, memory
 from katherine.errors import ExportError, SetupError
@@ -115,18 +116,24 @@ def convert(home: Home, merged: Path, out: Path, progress: Progress, *, name: st
     return tensors
 
 
-def sizes(source: Path, names: tuple[str, ...], progress: Progress) -> dict[str, int]:
-    """Bytes of tensors that each type will take, reckoned by llama.cpp itself without writing anything."""
-    found: dict[str, int] = {}
-    for name in names:
-        size = None
-        for line in _quantise(source, None, name, progress):
-            if match := re.search(r"quant size\s+=\s+([\d.]+) MiB", line):
-                size = int(float(match.group(1)) * 2**20)
-        if size is None:
-            raise ExportError(f"llama.cpp gave no size for the type {name} of {source}.")
-        found[name] = size
-    return found
+class Reckoned(NamedTuple):
+    """What a type makes of a GGUF: bytes of tensors, and the type, as in "q4_K", of each tensor that is converted."""
+
+    size: int
+    kinds: dict[str, str]
+
+
+def reckon(source: Path, name: str, progress: Progress) -> Reckoned:
+    """As llama.cpp itself reckons it, without writing anything. Raises ExportError; Stopped."""
+    size, kinds = None, {}
+    for line in _quantise(source, None, name, progress):
+        if match := re.search(r"quant size\s+=\s+([\d.]+) MiB", line):
+            size = int(float(match.group(1)) * 2**20)
+        elif match := re.match(r"\[\s*\d+/\s*\d+\] (\S+)\s+- .* -> .* MiB \((\w+)\)$", line):
+            kinds[match.group(1)] = match.group(2)
+    if size is None:
+        raise ExportError(f"llama.cpp gave no size for the type {name} of {source}.")
+    return Reckoned(size, kinds)
 
 
 def at_once(count: int) -> int:

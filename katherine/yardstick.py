@@ -53,19 +53,22 @@ _MERGE = (54.0, 27.0, 120.0)
 # To a 17.9 GB GGUF: 83 and 95 s by the converter as it is; made quicker and to memory 24, of which 13 are its start and
 # the vocabulary.
 _CONVERT = (24.0, 15.0, 95.0)
-_MEASURE = (6.0, 3.0, 10.0)  # three types, a dry run each
+_MEASURE = (1.5, 1.0, 10.0)  # three types, a dry run each, at once
 # Alone on 16 cores; each within 3 s, twice.
 _QUANTISE = {"q4_k_m": 64.0, "q5_k_m": 53.0, "q6_k": 35.0}
 # Several at once keep all cores at work, and there is little that one alone would leave idle: of three on 16 cores,
 # beside their checks on the card, the first was done after 104 s and 85% of the others after 134.
 _OVERLAPPED = (0.98, 0.72, 1.1)
 _EXPORT_CORES = 16
+# A K-quant of 4 to 6 bits made by torch on the card: of three at once the first was done after 38 s, the last after 56.
+_QUANTISE_ON_CARD = (19.0, 10.0, 38.0)
+_MADE_ON_CARD = ("q4_k", "q5_k", "q6_k")
 # A check of 256 generated tokens and some 460 read ones: 36 s for each of the three quants, 72 s for the 16-bit file,
 # on the processor. A token that is read counts as a tenth of one that is generated.
 _CHECKED = {"quant": 36.0 / (256 + 46), "bf16": 72.0 / (256 + 46)}
-# Where llama.cpp is built for the card: 27 s for the 16-bit file, loading included, and 12 for a quant, of 24 examples
-# with 16 tokens generated.
-_CHECKED_ON_CARD = 0.17
+# Where llama.cpp is built for the card: 16 to 27 s for the 16-bit file, loading included, and 8 to 13 for a quant, of
+# 24 examples with 16 tokens generated.
+_CHECKED_ON_CARD = 0.11
 # Tokens of a usual reply in the recipe's corpus, and of an example as a whole.
 _REPLY, _EXAMPLE = 40, 100
 
@@ -333,9 +336,9 @@ def memory(
     return Figure(total, total * (1 - _MEMORY_RANGE), total * (1 + _MEMORY_RANGE), said)
 
 
-def exporting(cores: int | None, each: ExportRecipe, shape: Shape) -> dict[str, Figure]:
+def exporting(cores: int | None, each: ExportRecipe, shape: Shape, *, on_card: bool = False) -> dict[str, Figure]:
     """Seconds of an export's parts. cores: None where the machine is not at hand, which is then taken to have those of
-    the measured one."""
+    the measured one. on_card: whether it has an NVIDIA GPU."""
     if shape.parameters <= CPU_LARGEST:
         # The unquantised file is checked as well; the measured export made three more.
         files = (1 + len(each.quants)) / 4
@@ -346,16 +349,17 @@ def exporting(cores: int | None, each: ExportRecipe, shape: Shape) -> dict[str, 
     parts = dict(zip(ALONE, (_of(_MERGE, _H200), _of(_CONVERT, _H200), _of(_MEASURE, _H200)), strict=True))
     # A type that was not timed takes as long as one of those that were.
     usual = statistics.mean(_QUANTISE.values())
-    made = sum(_QUANTISE.get(quant, usual) for quant in each.quants)
+    on_cores = [quant for quant in each.quants if not (on_card and quant.startswith(_MADE_ON_CARD))]
+    made = sum(_QUANTISE.get(quant, usual) for quant in on_cores)
     quantising = _of([made * share for share in _OVERLAPPED], _H200)
-    checking = sum((_checking("quant", each) for _ in each.quants), _checking("bf16", each))
+    checking = sum((_checking("quant", each, on_card) for _ in each.quants), _checking("bf16", each, on_card))
     # On a card the checks pass while the quants are made; on the processor they follow.
-    together = replace(quantising + checking, low=max(quantising.low, checking.low))
-    parts[TOGETHER] = together.times(faster)
+    together = replace(quantising + checking, low=max(quantising.low, checking.low)).times(faster)
+    parts[TOGETHER] = together + _of(_QUANTISE_ON_CARD, _H200).times(len(each.quants) - len(on_cores))
     return {name: figure.times(size) for name, figure in parts.items()}
 
 
-def _checking(what: str, each: ExportRecipe) -> Figure:
+def _checking(what: str, each: ExportRecipe, on_card: bool) -> Figure:
     """Seconds of one file's check on the measured machine: every example is read twice and answered, and most replies
     end long before the limit."""
     read = each.check_examples * _EXAMPLE + min(each.check_tokens, each.check_examples * _EXAMPLE)
@@ -363,7 +367,9 @@ def _checking(what: str, each: ExportRecipe) -> Figure:
         _CHECKED[what] * (each.check_examples * reply + read / 10)
         for reply in (min(_REPLY, each.max_new_tokens), each.max_new_tokens)
     )
-    return Figure(value, value * _CHECKED_ON_CARD, most, _H200)
+    low = value * _CHECKED_ON_CARD
+    # On a card whose llama.cpp could not be built for it, the processor checks.
+    return Figure(low, low * 0.75, value, _H200) if on_card else Figure(value, low, most, _H200)
 
 
 def asking(gpu: str, cores: int | None, shape: Shape | None) -> Figure | None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 from persona import CONVERSATIONS, THINKING, Persona, conversation, persona, persona_gguf, write_adapter
 
-from katherine import acceptance, adapters, engines, export, gguf, gguf_child, merge, model, scratch
+from katherine import acceptance, adapters, engines, export, gguf, gguf_child, merge, model, requantise, scratch
 from katherine.engines import Engine
 from katherine.errors import DataError, DiskError, ExportError, ModelError, NotFound, RecipeError, SetupError
 from katherine.examples import Message
@@ -388,12 +389,32 @@ def test_a_quant_that_is_none_is_refused_with_those_there_are(katherine_, tmp_pa
 
 
 def test_sizes_are_known_before_anything_is_written(file, tmp_path):
-    (size,) = gguf.sizes(file, ("q6_k",), Quiet()).values()
+    size, _ = gguf.reckon(file, "q6_k", Quiet())
     out = tmp_path / "model.gguf"
     gguf.quantise(file, out, "q6_k", Quiet())
     header = out.stat().st_size - size
     # What is not tensors is header and vocabulary, about the same in every type.
     assert 0 < header < 3_000_000
+
+
+def test_a_gpu_makes_the_quants_and_where_it_has_no_room_llama_cpp_does(file, tmp_path, monkeypatch):
+    # The tiny base's own widths take other types.
+    reckoned = gguf.Reckoned(0, {"token_embd.weight": "q6_K"})
+    made = []
+
+    def write(source, out, name, kinds, progress):
+        made.append((name, kinds))
+        # As when another program holds the card's memory.
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(model, "on_cuda", lambda: True)
+    monkeypatch.setattr(requantise, "write", write)
+    told = Quiet()
+    export.quantise(file, tmp_path / "ours.gguf", "q6_k", reckoned, told)
+    assert made == [("q6_k", reckoned.kinds)]
+    assert "q6_k finds no room on the GPU: it is quantised on the processor." in told.lines
+    gguf.quantise(file, tmp_path / "theirs.gguf", "q6_k", Quiet())
+    assert (tmp_path / "ours.gguf").read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
 def test_a_disk_that_is_too_small_is_refused_with_both_figures(tmp_path):
