@@ -97,6 +97,37 @@ def set_recipe(home: Home, kind: str, values: dict[str, Any]) -> Draft:
         return save(home, replace(draft, values=draft.values | {kind: made}))
 
 
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """What came of changes to one stage. draft: as it is now. kept: the fields that are in it now. wrong: the fields
+    that cannot be, each with its reason. conflicts: why the others were not kept together."""
+
+    draft: Draft
+    kept: tuple[str, ...]
+    wrong: dict[str, str]
+    conflicts: tuple[str, ...]
+
+
+def edit(home: Home, kind: str, changes: dict[str, Any]) -> Edit:
+    """Fields of one stage changed in the draft as it is by then, the others left alone. One wrong field holds back no
+    other; sound ones that do not fit each other are all left out. Raises NotFound for the kind."""
+    with _lock:
+        draft = load(home)
+        others = draft.values.get(kind, {})
+        wrong: dict[str, str] = {}
+        try:
+            recipe.load(kind, others | changes)
+        except RecipeError as error:
+            wrong = error.fields
+        sound = {name: value for name, value in changes.items() if name not in wrong}
+        if not sound:
+            return Edit(draft, (), wrong, ())
+        try:
+            return Edit(set_recipe(home, kind, others | sound), tuple(sound), wrong, ())
+        except RecipeError as error:
+            return Edit(draft, (), wrong, tuple(error.reasons))
+
+
 def set_stage(home: Home, kind: str, on: bool) -> Draft:
     """A stage in or out. SFT stays in; probes ask an export's files, so they come and go with the export."""
     with _lock:

@@ -69,6 +69,25 @@ def test_one_stage_is_set_without_touching_the_others_and_wrong_fields_are_named
     assert set(caught.value.fields) == {"beta", "seed"}
 
 
+def test_of_changes_to_a_stage_the_sound_ones_are_kept_unless_they_do_not_fit_each_other(home):
+    drafts.use_preset(home, "k0")
+    done = drafts.edit(home, "sft", {"seed": 7, "learning_rate": "fast", "num_train_epochs": "2"})
+    assert done.draft == drafts.load(home) and set(done.kept) == {"seed", "num_train_epochs"}
+    assert set(done.wrong) == {"learning_rate"} and done.conflicts == ()
+    assert (done.draft.recipe("sft").seed, done.draft.recipe("sft").num_train_epochs) == (7, 2)
+    done = drafts.edit(home, "sft", {"lora_r": 8, "seed": 8, "learning_rate": "fast"})
+    assert done.kept == () and set(done.wrong) == {"learning_rate"} and "lora_alpha 128" in done.conflicts[0]
+    assert done.draft == drafts.load(home) and done.draft.recipe("sft").seed == 7
+    with pytest.raises(NotFound):
+        drafts.edit(home, "bake", {"seed": 1})
+
+
+def test_no_change_writes_nothing(home):
+    assert drafts.edit(home, "sft", {}).draft.preset == "demo"
+    assert drafts.edit(home, "sft", {"seed": "late"}).kept == ()
+    assert not drafts.path(home).exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
 def test_a_damaged_file_gives_the_default_and_says_so(home, text):
     home.root.mkdir()
@@ -105,6 +124,26 @@ def test_stages_that_need_each_other_come_and_go_together(home):
     assert drafts.set_stage(home, "export", False).stages == ("sft", "dpo")
     assert drafts.set_stage(home, "probe", True).stages == ("sft", "dpo", "export", "probe")
     assert drafts.set_stage(home, "sft", False).stages == ("sft", "dpo", "export", "probe")
+
+
+def test_a_change_beside_a_change_of_preset_brings_nothing_of_the_former_one(home):
+    drafts.use_preset(home, "k0")
+    running = threading.Event()
+
+    def set_seeds():
+        for seed in range(60):
+            drafts.edit(home, "dpo", {"seed": seed})
+        running.set()
+
+    writer = threading.Thread(target=set_seeds)
+    writer.start()
+    turn = 0
+    while not running.is_set():
+        turn += 1
+        drafts.use_preset(home, ("k0", "demo")[turn % 2])
+        found = drafts.differences(home, drafts.load(home))
+        assert {each.about.name for each in found} <= {"seed"}
+    writer.join()
 
 
 def test_two_writers_at_once_lose_neither_change(home, dataset):

@@ -167,6 +167,12 @@ def test_only_what_a_person_changed_counts_as_edited():
     assert made.edited([before[name] for name in made.controls], before) == {}
 
 
+def test_before_anything_is_drawn_a_form_holds_its_models_defaults():
+    made = form(recipe.SftRecipe)
+    assert made.unfilled == {name: control.value for name, control in made.controls.items()}
+    assert made.unfilled == made.shown(recipe.SftRecipe().model_dump(mode="json"))
+
+
 def test_a_type_without_a_control_is_a_bug_and_says_which_field():
     class Odd(Recipe):
         kind: ClassVar[str] = "odd"

@@ -1,6 +1,7 @@
 """The recipe tab through Gradio's own machinery: what is typed is kept as it is typed, what is wrong is said and not
 kept, and a page that is opened shows what is on disk."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import gradio as gr
 import pytest
 from counted import write_dataset
-from pydantic import BaseModel
 from visitor import Visitor
 
 from katherine import drafts, estimate, presets, prices, recipe, runs
@@ -36,25 +36,39 @@ def dataset(home: Home) -> str:
 
 
 class Page(Visitor):
-    def __init__(self, home: Home):
+    def __init__(self, home: Home, drawn: bool = True):
         super().__init__(tab, Panel.of(home))
-        self.refresh()
+        if drawn:
+            self.refresh()
 
     def at(self, name: str) -> Any:
         """The component with that id, such as sft-lora_r."""
         (found,) = (block for block in self.page.blocks.values() if getattr(block, "elem_id", None) == name)
         return found
 
-    def fire(self, block: Any, event: str, **data: Any) -> set[Any]:
-        changed = super().fire(block, event, **data)
-        for key in self.shows:
-            # As it goes over the wire.
-            if isinstance(value := self.shows[key]["value"], BaseModel):
-                self.shows[key]["value"] = value.model_dump()
-        return changed
-
     def type(self, name: str, value: Any) -> None:
         self.choose(self.at(name), value, "input")
+
+    def overtaken(self, name: str, value: Any) -> None:
+        """The value is typed, and what the page asks for next is answered before that is."""
+        sent = copy.deepcopy(self.shows)
+        self.shows[self.at(name)._id]["value"] = value
+        self.refresh()
+        here, self.shows = self.shows, sent
+        before = copy.deepcopy(sent)
+        self.type(name, value)
+        answered, self.shows = self.shows, here
+        for key, shown in answered.items():
+            news = {what: each for what, each in shown.items() if each != before[key].get(what)}
+            # What was typed is not the answer's doing.
+            self.shows[key] |= {} if key == self.at(name)._id and news.keys() == {"value"} else news
+
+    def settle(self) -> None:
+        """What the page does by itself when the answer to an edit or a drawing has come."""
+        for function in list(self.page.fns.values()):
+            block, event = next(iter(function.targets), (None, ""))
+            if event == "change":
+                self.fire(self.page.blocks[block], event)
 
     def holds(self, name: str) -> Any:
         return self.value(self.at(name))
@@ -69,6 +83,11 @@ class Page(Visitor):
 
     def says(self, name: str) -> str:
         return self.shows[self.at(name)._id]["info"]
+
+
+def differing(home: Home) -> dict[str, Any]:
+    """What differs from the preset, as stage.field: value."""
+    return {f"{each.kind}.{each.about.name}": each.yours for each in drafts.differences(home, drafts.load(home))}
 
 
 def test_a_page_that_is_opened_shows_what_is_on_disk(home, dataset):
@@ -124,6 +143,54 @@ def test_a_page_left_open_does_not_undo_what_another_one_changed(home, dataset):
     assert drafts.load(home).recipe("sft").lora_r == 32
     old.type("sft-seed", 3)
     assert (drafts.load(home).recipe("sft").lora_r, drafts.load(home).recipe("sft").seed) == (32, 3)
+
+
+def test_what_is_typed_before_anything_was_drawn_is_all_that_is_kept(home, dataset):
+    drafts.use_preset(home, "demo")
+    page = Page(home, drawn=False)
+    page.type("sft-num_train_epochs", 1)
+    assert differing(home) == {"sft.num_train_epochs": 1}
+    assert page.holds("sft-per_device_batch_size") == 2 and "out of date" in page.html()
+
+
+def test_an_edit_of_a_form_that_another_preset_has_replaced_keeps_nothing_else(home, dataset):
+    page = Page(home)
+    drafts.use_preset(home, "demo")
+    page.overtaken("sft-num_train_epochs", 1)
+    assert differing(home) == {"sft.num_train_epochs": 1}
+    page.settle()
+    assert (page.holds("sft-num_train_epochs"), page.holds("sft-per_device_batch_size")) == (1, 2)
+    drafts.use_preset(home, "k0")
+    page.type("sft-seed", 3)
+    assert differing(home) == {"sft.seed": 3}
+
+
+def test_an_old_page_shows_what_another_one_changed_once_it_is_typed_in(home, dataset):
+    old, new = Page(home), Page(home)
+    new.type("sft-lora_r", 128)
+    new.choose(new.find(label="Preset"), "all-linear", "input")
+    new.type("sft-num_train_epochs", 2)
+    old.type("sft-learning_rate", "fast")
+    assert differing(home) == {"sft.num_train_epochs": 2}
+    assert (old.holds("sft-num_train_epochs"), old.holds("sft-learning_rate")) == (2, "fast")
+    assert old.value(old.find(label="Preset")) == "all-linear"
+    assert old.wrong() == ["sft-learning_rate"] and "Not kept: Learning rate." in old.html()
+    assert "out of date" in old.html()
+    old.type("sft-learning_rate", "0.0002")
+    assert differing(home) == {"sft.num_train_epochs": 2, "sft.learning_rate": 2e-4}
+    old.fire(old.at("sft-learning_rate"), "blur")
+    assert old.holds("sft-learning_rate") == "0.0002" and "out of date" not in old.html()
+
+
+def test_what_is_wrong_stays_until_another_draft_is_drawn_and_that_is_said(home, dataset):
+    page = Page(home)
+    page.type("sft-learning_rate", "fast")
+    page.refresh()
+    assert page.wrong() == ["sft-learning_rate"] and page.holds("sft-learning_rate") == "fast"
+    drafts.use_preset(home, "demo")
+    page.refresh()
+    assert page.wrong() == [] and page.holds("sft-learning_rate") == "0.001"
+    assert "Not kept: Learning rate." in page.html() and "out of date" in page.html()
 
 
 def test_a_stage_that_is_off_is_hidden_and_not_started(home, dataset):

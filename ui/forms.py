@@ -63,6 +63,11 @@ class Form:
         """The values that differ from what the page was given, as `shown` tells them."""
         return {name: value for name, value in self.values(given).items() if value != before.get(name)}
 
+    @property
+    def unfilled(self) -> dict[str, Any]:
+        """What the controls hold before anything was shown in them: the model's defaults."""
+        return self.shown({name: self.model.model_fields[name].get_default() for name in self.controls})
+
     def shown(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's values as the controls hold them."""
         return {name: shown(self.model, name, values[name]) for name in self.controls}
@@ -71,10 +76,14 @@ class Form:
         """The recipe's values for the controls, with no field marked."""
         return {self.controls[name]: self._marked(name, "", value=value) for name, value in self.shown(values).items()}
 
-    def mark(self, wrong: Mapping[str, str]) -> dict[Any, Any]:
+    def mark(self, wrong: Mapping[str, str], values: Mapping[str, Any] | None = None) -> dict[Any, Any]:
         """Each field named in `wrong` says what is wrong with it in place of its reason; the others are as they were.
-        Values stay."""
-        return {control: self._marked(name, wrong.get(name, "")) for name, control in self.controls.items()}
+        `values`, as `shown` tells them, are set; the others stay: a person may be typing."""
+        found = {}
+        for name, control in self.controls.items():
+            value = {"value": values[name]} if values and name in values else {}
+            found[control] = self._marked(name, wrong.get(name, ""), **value)
+        return found
 
     def label(self, name: str) -> str:
         return self._about[name].label

@@ -1,7 +1,7 @@
 """The recipe tab: what will be started next, as forms made from the recipe models, how it differs from its preset, and
 what it will take. The draft is katherine.drafts', the figures estimate's and prices'; here they are laid out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -9,18 +9,21 @@ from markupsafe import Markup
 
 from katherine import drafts, estimate, gpu, presets, prices, recipe, shapes, units
 from katherine.drafts import Draft
-from katherine.errors import KatherineError, RecipeError, SetupError
+from katherine.errors import KatherineError, SetupError
 from katherine.estimate import Estimate, Plan
 from katherine.recipe import KINDS, SftRecipe
 from ui.edge import message, shown
 from ui.forms import Form, as_text, usual_source
+from ui.held import held
 from ui.panel import Live, Panel
 from ui.runs import named
+from ui.sheet import Sheet
 from ui.table import Cell, Table
 
 TITLE = "Recipe"
 # As many past runs as a list is read for.
 RUNS = 60
+OUTDATED = "This form was out of date: it shows the draft as it is now."
 # Through Gradio's queue, with no limit: of a handler beside it, 6.31 shows no error and no message.
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 
@@ -37,7 +40,7 @@ class _Page:
         self._home = panel.home
         self._lay_out()
         self._wire()
-        self.live = Live(self._refresh, self._everything)
+        self.live = Live(self._refresh, self._everything, self._sheets)
 
     # ------------------------------------------------------------------------------------------- components
 
@@ -58,7 +61,8 @@ class _Page:
                 self.switches: dict[str, gr.Checkbox] = {}
                 self.bodies: dict[str, gr.Column] = {}
                 self.problems: dict[str, gr.HTML] = {}
-                self.before: dict[str, gr.JSON] = {}
+                self.drawn: dict[str, Any] = {}
+                self.kept: dict[str, Any] = {}
                 for kind, model in KINDS.items():
                     self._lay_out_stage(kind, model)
             with gr.Column(scale=2, min_width=340, elem_classes="k-beside"):
@@ -97,9 +101,10 @@ class _Page:
                 )
             with gr.Column(elem_classes="k-stage-body") as body:
                 self.problems[kind] = gr.HTML("", elem_classes="k-problems")
-                # What the page was last given, travelling with it: what differs from that is what a person changed.
-                self.before[kind] = gr.JSON(visible=False)
-                self.forms[kind] = Form(model)
+                self.forms[kind] = form = Form(model)
+                # A ui.sheet.Sheet, travelling with the page.
+                drawn, kept = Sheet.blank(form.unfilled)
+                self.drawn[kind], self.kept[kind] = held(drawn), held(kept)
                 if kind == "sft":
                     self.reached = gr.HTML("", elem_classes="k-reached")
             self.bodies[kind] = body
@@ -122,8 +127,12 @@ class _Page:
 
     @property
     def _all_forms(self) -> list[Any]:
-        stages = [*self.switches.values(), *self.bodies.values(), *self.problems.values(), *self.before.values()]
+        stages = [*self.switches.values(), *self.bodies.values(), *self.problems.values(), *self.drawn.values()]
         return [*stages, *(control for form in self.forms.values() for control in form.components)]
+
+    @property
+    def _sheets(self) -> list[Any]:
+        return [*self.drawn.values(), *self.kept.values()]
 
     @property
     def _everything(self) -> list[Any]:
@@ -136,11 +145,22 @@ class _Page:
             gr.on(
                 form.edits,
                 shown(self._edited(kind)),
-                [self.before[kind], *form.components],
-                [self.before[kind], self.problems[kind], *form.components, *self._beside],
+                [self.drawn[kind], self.kept[kind], *form.components],
+                [self.kept[kind], self.problems[kind], *form.components, *self._beside, self.preset, self.run],
                 # While one change is being kept, only the newest of those that follow is sent.
                 trigger_mode="always_last",
                 **_QUIET,
+            )
+            # A drawing and the answer to an edit may overtake each other: whichever comes last, the form is looked at.
+            gr.on(
+                [self.drawn[kind].change, self.kept[kind].change],
+                shown(self._settled(kind)),
+                [self.drawn[kind], self.kept[kind]],
+                [self.drawn[kind], self.problems[kind], *form.components, *self._beside],
+                trigger_mode="always_last",
+                show_progress="hidden",
+                queue=False,  # nothing that a person did
+                api_visibility="private",
             )
             if kind != drafts.ALWAYS:
                 self.switches[kind].input(
@@ -162,42 +182,62 @@ class _Page:
 
     # ------------------------------------------------------------------------------------------- handlers
 
-    def _refresh(self) -> dict[Any, Any]:
-        return self._whole(drafts.load(self._home))
+    def _refresh(self, *sheets: Any) -> dict[Any, Any]:
+        draft = drafts.load(self._home)
+        found = self._stages(draft) | self._following(draft) | self._choices(draft) | self._price_list()
+        count = len(KINDS)
+        for kind, drawn, kept in zip(KINDS, sheets[:count], sheets[count:], strict=True):
+            sheet = Sheet(drawn, kept)
+            # A form that shows the draft already is left alone: somebody may be typing in it.
+            if self._is_behind(sheet, draft, kind):
+                found |= self._drawing(draft, kind, [] if sheet.overtaken else sheet.waiting)
+            elif not sheet.waiting:
+                found[self.problems[kind]] = ""
+        return found
+
+    def _settled(self, kind: str) -> Callable[[Any, Any], Any]:
+        def settled(drawn: Any, kept: Any) -> Any:
+            sheet = Sheet(drawn, kept)
+            if not sheet.overtaken:
+                return gr.skip()
+            draft = drafts.load(self._home)
+            if not self._is_behind(sheet, draft, kind):
+                return gr.skip()
+            return self._drawing(draft, kind, sheet.waiting) | self._following(draft)
+
+        return settled
 
     def _edited(self, kind: str) -> Callable[..., dict[Any, Any]]:
         form = self.forms[kind]
 
-        def edited(before: Any, *given: Any) -> dict[Any, Any]:
-            before = before if isinstance(before, dict) else {}
-            changes = form.edited(given, before)
-            if not changes:
-                # Nothing new to keep, but what was wrong may have been put back.
-                return {self.problems[kind]: ""} | form.mark({})
-            draft = drafts.load(self._home)
-            wrong: dict[str, str] = {}
-            said: list[str] = []
-            try:
-                draft = drafts.set_recipe(self._home, kind, draft.values[kind] | changes)
-            except RecipeError as error:
-                wrong, said = error.fields, [text for text in error.reasons if text not in error.fields.values()]
-                # What is sound is kept, so that one wrong field holds back no other.
-                sound = {name: value for name, value in changes.items() if name not in wrong}
-                if wrong and not said:
-                    try:
-                        draft = drafts.set_recipe(self._home, kind, draft.values[kind] | sound)
-                    except RecipeError as conflict:
-                        said = conflict.reasons
-            kept = {} if said else {name: value for name, value in changes.items() if name not in wrong}
-            if wrong:
-                said.insert(0, f"Not kept: {', '.join(form.label(name) for name in wrong)}.")
+        def edited(drawn: Any, kept: Any, *given: Any) -> dict[Any, Any]:
+            sheet = Sheet(drawn, kept)
+            changes = form.edited(given, sheet.holds)
+            found = drafts.edit(self._home, kind, changes)
+            now = form.shown(found.draft.values[kind])
+            # What came from elsewhere meanwhile is shown, except where a person changed something here.
+            news = {
+                name: value for name, value in now.items() if name not in changes and value != sheet.stands_for[name]
+            }
+            waiting = [name for name in changes if name not in found.kept]
+            said = list(found.conflicts)
+            if found.wrong:
+                said.insert(0, _not_kept(form, found.wrong))
             elif said:
                 said.insert(0, "Not kept until these fit each other:")
-            return (
-                {self.before[kind]: before | kept, self.problems[kind]: _problems(said)}
-                | form.mark(wrong)
-                | self._following(draft)
-            )
+            if news:
+                said.append(OUTDATED)
+            holds = {name: changes[name] for name in found.kept} | news
+            shows: dict[Any, Any] = {
+                self.kept[kind]: sheet.kept(holds, now, waiting),
+                self.problems[kind]: _problems(said),
+            }
+            shows |= form.mark(found.wrong, news)
+            if changes or news:
+                shows |= self._following(found.draft)
+            if news:
+                shows |= {self.preset: found.draft.preset, self.run: found.draft.run}
+            return shows
 
         return edited
 
@@ -248,10 +288,22 @@ class _Page:
 
     def _whole(self, draft: Draft) -> dict[Any, Any]:
         found = self._stages(draft) | self._following(draft) | self._choices(draft)
-        for kind, form in self.forms.items():
-            found |= form.show(draft.values[kind])
-            found |= {self.problems[kind]: "", self.before[kind]: form.shown(draft.values[kind])}
+        for kind in KINDS:
+            found |= self._drawing(draft, kind)
         return found | self._price_list()
+
+    def _drawing(self, draft: Draft, kind: str, lost: Sequence[str] = ()) -> dict[Any, Any]:
+        """The whole form of a stage, and with it what it then holds. lost: fields whose text goes with that, unkept."""
+        form, values = self.forms[kind], draft.values[kind]
+        said = [_not_kept(form, lost), OUTDATED] if lost else []
+        return form.show(values) | {
+            self.problems[kind]: _problems(said),
+            self.drawn[kind]: Sheet.drawn(form.shown(values)),
+        }
+
+    def _is_behind(self, sheet: Sheet, draft: Draft, kind: str) -> bool:
+        """Whether the form was given other values than the draft has."""
+        return sheet.stands_for != self.forms[kind].shown(draft.values[kind])
 
     def _stages(self, draft: Draft) -> dict[Any, Any]:
         found: dict[Any, Any] = {switch: kind in draft.stages for kind, switch in self.switches.items()}
@@ -439,6 +491,10 @@ def _bases_of(plan: Plan) -> Iterator[Markup]:
     )
     if found:
         yield Markup("<p class='k-dim'>Estimates with their likely range: {}.</p>").format("; ".join(found))
+
+
+def _not_kept(form: Form, names: Iterable[str]) -> str:
+    return f"Not kept: {', '.join(form.label(name) for name in names)}."
 
 
 def _problems(said: list[str]) -> Markup:
