@@ -28,6 +28,8 @@ MARK = "KATHERINE_RUN"
 # On another machine only the heartbeat tells; the supervisor writes one every 5 s, and twelve missed are no hiccup
 # of a network volume.
 SILENCE = 60.0
+# status.json of a run that has ended → what its file looked like then.
+_ended: dict[str, tuple[int, int, int]] = {}
 
 
 def submit(
@@ -233,12 +235,21 @@ def unfinished(home: Home) -> list[tuple[Run, Status]]:
     if not home.runs.is_dir():
         return []
     found = []
-    for path in home.runs.iterdir():
-        # The state alone is read of those that have ended, which are nearly all: hundreds, on a slow volume.
+    root = os.fspath(home.runs)
+    for name in os.listdir(root):
+        # Nearly all have ended, hundreds, and it is asked every few seconds: of those the file is looked at alone.
         with suppress(OSError, ValueError, TypeError, KeyError, KatherineError):
-            if json.loads((path / "status.json").read_bytes())["state"] not in ENDED:
-                run = runs.load(home, path.name)
-                found.append((run, run.status()))
+            path = os.path.join(root, name, "status.json")
+            seen = os.stat(path)
+            # It is always replaced, never written in place.
+            mark = seen.st_mtime_ns, seen.st_size, seen.st_ino
+            if _ended.get(path) == mark:
+                continue
+            if json.loads(Path(path).read_bytes())["state"] in ENDED:
+                _ended[path] = mark
+                continue
+            run = runs.load(home, name)
+            found.append((run, run.status()))
     return sorted(found, key=lambda pair: (pair[0].record.created, pair[0].id))
 
 

@@ -5,7 +5,7 @@ from types import ModuleType
 
 import gradio as gr
 
-from ui import chat, dataset, export, history, probes, publish, recipe, strip, train, verdicts
+from ui import chat, dataset, export, history, probes, publish, recipe, startup, strip, train, verdicts
 from ui.clock import clock
 from ui.edge import shown
 from ui.panel import Live, Panel
@@ -18,15 +18,13 @@ _TOP = (
 
 
 def build(panel: Panel) -> gr.Blocks:
-    with gr.Blocks(title="Katherine", analytics_enabled=False) as page:
+    with startup.page("Katherine") as page:
         gr.HTML(_TOP, elem_classes="k-top", apply_default_css=False)
         _keep(strip.build(panel))
         with gr.Tabs(elem_id="tabs"):
             for module in TABS:
                 with gr.Tab(module.TITLE, id=module.TITLE.lower()):
                     _keep(module.build(panel))
-    # One slow handler of one visitor does not hold up the same handler of another.
-    page.queue(default_concurrency_limit=8)
     return page
 
 

@@ -6,6 +6,7 @@ import hmac
 import json
 import os
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -87,7 +88,9 @@ class Passwords:
         kept = {} if anew else _read(file)
         made = {role: _made() for role in Role if role not in given and role not in kept}
         if made:
-            kept |= {role: Hashed.of(text) for role, text in made.items()}
+            # Side by side: each is 0.2 s of a core.
+            with ThreadPoolExecutor() as pool:
+                kept |= dict(zip(made, pool.map(Hashed.of, made.values()), strict=True))
             _write(file, kept)
         each = {role: Given(given[role]) if role in given else kept[role] for role in Role}
         # What a cookie is signed with besides the key, so that it is void with its password.

@@ -21,6 +21,7 @@ from jobs.sittings import Scene, Sittings
 from katherine import blind, reviews
 from katherine.blind import FREE, Session
 from katherine.errors import KatherineError, ReviewError
+from ui import startup
 from ui.component import HTML, when_ready
 from ui.edge import shown
 from ui.held import held
@@ -324,7 +325,7 @@ def _mark(news: Any) -> str:
 
 
 def build(panel: Panel) -> gr.Blocks:
-    with gr.Blocks(title="Katherine: review", analytics_enabled=False) as page:
+    with startup.page("Katherine: review") as page:
         made = _Page(panel)
         # Not queued: the answer holds its errors, and a lost connection must not end more than one request.
         given: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
@@ -337,5 +338,4 @@ def build(panel: Panel) -> gr.Blocks:
         made.clock.tick(shown(made.look), made.where, [made.stream, made.where, made.clock], **given)
         made.watch.tick(shown(made.countdown), made.told, [made.notices, made.told], **given)
         page.load(shown(made.countdown), made.told, [made.notices, made.told], **given)
-    page.queue(default_concurrency_limit=8)
     return page

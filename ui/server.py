@@ -2,6 +2,7 @@
 the terminal to the last. Who may come in is the door's."""
 
 import ctypes
+import gc
 import json
 import logging
 import os
@@ -98,6 +99,9 @@ def serve(home: Home, port: int = PORT, *, new_passwords: bool = False) -> None:
         passwords = Passwords.of(home, anew=new_passwords)
         _show(passwords)
         door = create(home, passwords, address)
+        # All of that stays, and need not be gone through again whenever a page is answered.
+        gc.freeze()
+        gc.enable()
         os.environ["KATHERINE_HOME"] = str(home.root)  # which may have been relative
         os.chdir(uploads.NOTHING)
         with _housekeeping(home):
