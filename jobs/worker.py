@@ -325,6 +325,9 @@ def main(kinds: dict[str, Kind]) -> int:
     # On two cores that both train, the panel would wait its turn behind us for every page. It needs a few milliseconds
     # a second, which training does not miss: alone on the machine, a process of any niceness has all of it.
     os.nice(NICENESS)
+    # Where the kernel shares a machine among sessions first, what counts is our session's niceness.
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
 
     home = Home(asked.run.parent.parent)
     run = runs.load(home, asked.run.name)

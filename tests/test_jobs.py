@@ -494,6 +494,16 @@ def test_one_home_has_one_slot_by_whatever_path_it_is_named(home, tmp_path):
         slot.take(Home(tmp_path / "link"), "chat")
 
 
+def test_a_worker_lets_the_panel_go_first(home):
+    run = under_way(ask(home, **LONG))
+    worker_pid = run.status().pid
+    assert os.getpriority(os.PRIO_PROCESS, worker_pid) == worker.NICENESS > os.getpriority(os.PRIO_PROCESS, 0)
+    # A session's own, where the kernel shares the machine among sessions first.
+    group = Path(f"/proc/{worker_pid}/autogroup")
+    if group.exists() and (told := group.read_text()):
+        assert told.endswith(f"nice {worker.NICENESS}\n") and told != Path("/proc/self/autogroup").read_text()
+
+
 def test_two_gpus_carry_out_two_runs_at_once_and_each_sees_its_own(home, two_cards):
     first, second = under_way(ask(home, **LONG)), under_way(ask(home, of=100_001, seconds=0.01))
     third = ask(home, of=2)
