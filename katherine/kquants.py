@@ -76,8 +76,7 @@ def _search_with_minimum(x: Any, most: int, least: float, steps: int) -> tuple[A
     low, high = x.amin(0).clamp_(max=0), x.amax(0)
     flat = high == low
     first_low = low
-    spread = high - low
-    iscale = _from(most, spread)
+    iscale = _from(most, high - low)
     scale = _from(1, iscale)
     q = _nearest(iscale * (x - low)).clamp_(0, most)
     best = _error(q, scale, low, x, weights)

@@ -83,6 +83,8 @@ def _converted(piece: Any, tensor: "_Tensor", kind: str | None, device: str) -> 
         raise ExportError(f"{tensor.name} is {tensor.kind}; only {' and '.join(_SOURCES)} can be quantised.")
     # A copy, because torch refuses memory that may not be written to.
     values = torch.from_numpy(piece.copy()).view(_SOURCES[tensor.kind]).to(device)
+    if not values.isfinite().all():
+        raise ExportError(f"{tensor.name} holds weights that are no numbers. Its training went wrong; train again.")
     return kquants.encode(values, kind).cpu().numpy()
 
 

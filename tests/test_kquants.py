@@ -114,5 +114,19 @@ def test_what_is_stopped_or_cannot_be_read_leaves_no_file(unquantised, tmp_path)
     assert not out.exists()
 
 
+def test_weights_that_are_no_numbers_are_refused_with_their_tensors_name(unquantised, tmp_path):
+    broken, out = tmp_path / "broken.gguf", tmp_path / "out.gguf"
+    broken.write_bytes(unquantised.read_bytes())
+    kinds = gguf.reckon(unquantised, "q6_k", Quiet()).kinds
+    with requantise._opened(broken) as header:
+        spoilt = next(each for each in header.tensors() if each.name in kinds and "blk.1" in each.name)
+    with broken.open("r+b") as file:
+        file.seek(spoilt.offset + 1000)
+        file.write(b"\xc0\x7f")  # NaN in bfloat16
+    with pytest.raises(ExportError, match=rf"{spoilt.name} holds weights that are no numbers"):
+        requantise.write(broken, out, "q6_k", kinds, Quiet(), device="cpu")
+    assert not out.exists()
+
+
 def test_a_type_that_is_not_known_here_is_left_to_llama_cpp(unquantised):
     assert not requantise.is_able(gguf.reckon(unquantised, "q8_0", Quiet()))

@@ -94,7 +94,8 @@ def test_an_edit_that_is_answered_after_another_preset_was_drawn_keeps_nothing_o
     # It was drawn before the edit was kept, and is drawn again.
     reads(me, "sft-num_train_epochs", "1")
 
-    # Another page goes back. Of this one, which shows the demo still, the one field is kept that is typed in.
+    # Another page goes back. Of this one, which has not heard of it, the one field is kept that is typed in.
+    answer = hold(me, REFRESHES)
     drafts.use_preset(home, "k0")
     field(me, "sft-learning_rate").fill("2e-4")
     field(me, "sft-learning_rate").press("Tab")
@@ -104,6 +105,7 @@ def test_an_edit_that_is_answered_after_another_preset_was_drawn_keeps_nothing_o
     reads(me, "sft-num_train_epochs", "3")
     reads(me, "sft-learning_rate", "2e-4")
     me.sees("This form was out of date")
+    answer()
     assert me.complaints == []
 
 
