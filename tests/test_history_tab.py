@@ -152,7 +152,7 @@ def test_any_two_are_compared_in_settings_results_and_both_curves(home):
     results = details(visitor, "Difference#")
     assert results["steps"][:2] == [str(runs.result(first)["steps"]), str(runs.result(second)["steps"])]
     for figure in figures(visitor):
-        assert {trace["uid"].split(".")[0] for trace in figure["data"]} == {first.id, second.id}
+        assert {trace["uid"].split("_")[0] for trace in figure["data"]} == {first.id, second.id}
         assert {trace["name"] for trace in figure["data"]} == {run.id.split("-", 2)[2] for run in (first, second)}
     assert visitor.refresh() == set()
     compare_with(visitor, None)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import numpy as np
 import plotly.graph_objects as go
@@ -96,6 +97,7 @@ def test_zoom_is_kept_within_a_run_and_not_carried_to_another():
     assert layouts[0]["uirevision"] == layouts[1]["uirevision"] != layouts[2]["uirevision"]
     uids = [[trace["uid"] for trace in plots.draw("sft", sft("a", 9), past, 0.5)["loss"]["data"]] for past in
             ((), [sft("b", 9)])]  # fmt: skip
+    assert all(re.fullmatch(r"[\w-]+", uid) for each in uids for uid in each), "a class of CSS, in plotly.js"
     assert uids[1][-2:] == uids[0]  # a hidden trace stays the same trace when a past run comes under it
 
 

@@ -190,7 +190,8 @@ def _part(run: Shown, series: Series, column: str, weight: float, look: dict[str
         (run.id, run.curves.mark, column, weight),
         series.steps,
         series.values[column],
-        look | {"uid": f"{run.id}.{column}.{'raw' if 'opacity' in look else ''}"},
+        # Plotly puts it into a CSS selector, where a dot would begin another class, and the next run's figure an error.
+        look | {"uid": f"{run.id}_{column}_{'raw' if 'opacity' in look else 'line'}".replace(".", "-")},
         markers,
     )
 
