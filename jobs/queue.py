@@ -17,6 +17,7 @@ from typing import Any
 from jobs import detached, slot
 from katherine import pod, runs
 from katherine.errors import KatherineError, NotFound
+from katherine.history import mark
 from katherine.runs import ENDED, Run, State, Status
 from katherine.settings import Home
 
@@ -240,13 +241,12 @@ def unfinished(home: Home) -> list[tuple[Run, Status]]:
         # Nearly all have ended, hundreds, and it is asked every few seconds: of those the file is looked at alone.
         with suppress(OSError, ValueError, TypeError, KeyError, KatherineError):
             path = os.path.join(root, name, "status.json")
-            seen = os.stat(path)
-            # It is always replaced, never written in place.
-            mark = seen.st_mtime_ns, seen.st_size, seen.st_ino
-            if _ended.get(path) == mark:
+            # Before it is read: what is written meanwhile is then read the next time.
+            now = mark(path)
+            if _ended.get(path) == now:
                 continue
             if json.loads(Path(path).read_bytes())["state"] in ENDED:
-                _ended[path] = mark
+                _ended[path] = now
                 continue
             run = runs.load(home, name)
             found.append((run, run.status()))

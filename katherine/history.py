@@ -87,8 +87,8 @@ class History:
     def _look(self, name: str) -> tuple[tuple[int, int, int], Seen] | None:
         known = self._seen.get(name)
         # Text, not a Path: five hundred of those cost more than asking the disk does.
-        mark = _mark(os.path.join(self._root, name, "status.json"))
-        if known and known[0] == mark:
+        now = mark(os.path.join(self._root, name, "status.json"))
+        if known and known[0] == now:
             return known
         try:
             run = known[1].run if known else runs.load(self._home, name)
@@ -98,15 +98,15 @@ class History:
             seen = Seen(run, run.status())
         except DataError as error:
             seen = Seen(run, Status(State.failed, reason=str(error)), damage=str(error))
-        return mark, seen
+        return now, seen
 
 
 def _age(seen: Seen) -> tuple[str, str]:
     return seen.run.record.created, seen.id
 
 
-def _mark(path: str) -> tuple[int, int, int]:
-    """Changes when the file does: it is always replaced, never written in place."""
+def mark(path: str) -> tuple[int, int, int]:
+    """Changes when a status file does: it is always replaced, never written in place. Zeros where there is none."""
     try:
         found = os.stat(path)
     except OSError:
