@@ -1,5 +1,5 @@
 """What a person arranged stays as it is while data arrives, in a real browser: the zoom of a figure, the order of a
-table, the place of everything on the page."""
+table, the place of everything on the page. And what belonged to another run goes when another is chosen."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from people import PHONE, WIDE, Person, until
 
-from bench.past import write_past
+from bench.past import DPO_STEPS, write_past
 from jobs import queue
 from katherine import runs
 from katherine.runs import Run, State
@@ -23,6 +23,13 @@ DRAWN = """() => {
   const plot = [...document.querySelectorAll('.k-plot')].find((one) => one.offsetParent && one._fullLayout);
   return plot && { last: plot._fullData.at(-1).x.at(-1), shown: plot._fullLayout.xaxis.range };
 }"""
+# Of each figure in sight: the last step drawn, where the axis ends, and whether the picture has the traces of the data.
+EVERY = """() => [...document.querySelectorAll('.k-plot')].filter((one) => one.offsetParent && one._fullLayout).map(
+  (plot) => ({
+    last: Math.max(...plot._fullData.map((trace) => trace.x.at(-1))),
+    end: plot._fullLayout.xaxis.range[1],
+    whole: plot.querySelectorAll('.scatterlayer .trace').length === plot._fullData.length,
+  }))"""
 # What moved without anybody having touched the page: the browser's own measure, with what it was.
 WATCH = """() => {
   window.moved = [];
@@ -91,6 +98,26 @@ def test_a_zoom_is_kept_while_the_run_goes_on(home, at_the_panel):
         assert me.page.evaluate(DRAWN)["shown"] == zoomed
     me.page.locator(".k-plot").locator("visible=true").first.dblclick()
     until(lambda: me.page.evaluate(DRAWN)["shown"][1] >= newest, 5, "a double click does not show the whole again")
+    assert me.complaints == []
+
+
+def test_when_another_run_is_shown_every_figure_is_drawn_anew(home, at_the_panel):
+    write_past(home, runs=2, steps=300, datasets=1)
+    me = at_the_panel()
+    me.open("train")
+
+    def all_end_at(steps: int, figures: int) -> bool:
+        found = me.page.evaluate(EVERY)
+        return len(found) == figures and all(
+            each["whole"] and each["last"] == steps and steps <= each["end"] < steps * 1.2 for each in found
+        )
+
+    # The newest, DPO, then each by choice.
+    until(lambda: all_end_at(DPO_STEPS, 8), 15, "DPO is not drawn")
+    for kind, steps, figures in (("sft", 300, 5), ("dpo", DPO_STEPS, 8), ("sft", 300, 5)):
+        me.page.get_by_label("Run shown").click()
+        me.page.get_by_role("option").filter(has_text=kind).first.click()
+        until(lambda: all_end_at(steps, figures), 15, f"{kind} is not drawn: {me.page.evaluate(EVERY)}")  # noqa: B023
     assert me.complaints == []
 
 
