@@ -23,9 +23,9 @@ NEWEST = 60
 class Sample:
     """A run that succeeded at its first attempt. recipes: its own and those of the runs it builds on, by kind.
 
-    setup: seconds from its start to its first finished step. step: the mean of those after that, with checkpoints and
-    evaluations between them. after: from the last step to its end. memory: the most that training needed, GiB. parts:
-    seconds of an export's parts.
+    setup: seconds from its start to its first finished step. first: of these, that step's own. step: the mean of those
+    after that, with checkpoints and evaluations between them. after: from the last step to its end. memory: the most
+    that training needed, GiB. parts: seconds of an export's parts.
     None, or nothing in it, where it has no such thing."""
 
     run: str
@@ -37,6 +37,7 @@ class Sample:
     seconds: float
     steps: int = 0
     setup: float | None = None
+    first: float = 0.0
     step: float | None = None
     after: float = 0.0
     memory: float | None = None
@@ -129,6 +130,7 @@ def _measured(run: Run, status: Status) -> dict[str, Any]:
     return {
         "steps": int(last[-1]["step"]),
         "setup": _between(status.started, first["time"]),
+        "first": float(first["seconds"]),
         "step": (last[-1]["seconds"] - first["seconds"]) / made if made > 0 else None,
         "after": _between(last[-1]["time"], status.ended),
         "memory": float(last[-1]["memory_gib"]),
