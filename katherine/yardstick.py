@@ -48,9 +48,9 @@ _FORWARD, _BACKWARD = 2, 2
 # An export's parts that stand alone, and the name of what follows them, where several are at work at once.
 ALONE = ("merge", "convert", "measure")
 TOGETHER = "quantise and check"
-# 54 s to memory with a 4-bit base: 21 to import and load, 25 to measure the drift and write the checkpoint. About two
-# minutes from a cold disk.
-_MERGE = (54.0, 27.0, 120.0)
+# 44 to 54 s to memory with a 4-bit base: 21 to import and load, 25 to measure the drift and write the checkpoint. About
+# two minutes from a cold disk.
+_MERGE = (50.0, 27.0, 120.0)
 # To a 17.9 GB GGUF: 83 and 95 s by the converter as it is; made quicker and to memory 24, of which 13 are its start and
 # the vocabulary.
 _CONVERT = (24.0, 15.0, 95.0)
@@ -61,13 +61,14 @@ _QUANTISE = {"q4_k_m": 64.0, "q5_k_m": 53.0, "q6_k": 35.0}
 # beside their checks on the card, the first was done after 104 s and 85% of the others after 134.
 _OVERLAPPED = (0.98, 0.72, 1.1)
 _EXPORT_CORES = 16
-# A K-quant of 4 to 6 bits made by torch on the card: of three at once the first was done after 38 s, the last after 56.
+# A K-quant of 4 to 6 bits made by torch on the card: of three at once the first was done after 32 and 38 s, the last
+# after 46 and 56.
 _QUANTISE_ON_CARD = (19.0, 10.0, 38.0)
 _MADE_ON_CARD = ("q4_k", "q5_k", "q6_k")
 # A check of 256 generated tokens and some 460 read ones: 36 s for each of the three quants, 72 s for the 16-bit file,
 # on the processor. A token that is read counts as a tenth of one that is generated.
 _CHECKED = {"quant": 36.0 / (256 + 46), "bf16": 72.0 / (256 + 46)}
-# Where llama.cpp is built for the card: 16 to 27 s for the 16-bit file, loading included, and 8 to 13 for a quant, of
+# Where llama.cpp is built for the card: 16 to 27 s for the 16-bit file, loading included, and 7 to 13 for a quant, of
 # 24 examples with 16 tokens generated.
 _CHECKED_ON_CARD = 0.11
 # Tokens of a usual reply in the recipe's corpus, and of an example as a whole.
@@ -357,11 +358,17 @@ def exporting(cores: int | None, each: ExportRecipe, shape: Shape, *, on_card: b
     usual = statistics.mean(_QUANTISE.values())
     on_cores = [quant for quant in each.quants if not (on_card and quant.startswith(_MADE_ON_CARD))]
     made = sum(_QUANTISE.get(quant, usual) for quant in on_cores)
-    quantising = _of([made * share for share in _OVERLAPPED], _H200)
-    checking = sum((_checking("quant", each, on_card) for _ in each.quants), _checking("bf16", each, on_card))
-    # On a card the checks pass while the quants are made; on the processor they follow.
-    together = replace(quantising + checking, low=max(quantising.low, checking.low)).times(faster)
-    parts[TOGETHER] = together + _of(_QUANTISE_ON_CARD, _H200).times(len(each.quants) - len(on_cores))
+    quantising = _of([made * share for share in _OVERLAPPED], _H200).times(faster)
+    quantising += _of(_QUANTISE_ON_CARD, _H200).times(len(each.quants) - len(on_cores))
+    quant, unquantised = (_checking(what, each, on_card) for what in ("quant", "bf16"))
+    checking = quant.times(len(each.quants)) + unquantised
+    checking = checking if on_card else checking.times(faster)
+    together = replace(quantising + checking, low=max(quantising.low, checking.low))
+    if on_card:
+        # The checks pass while the quants are made; that of the last follows. On the processor all follow.
+        value = max(quantising.value, checking.value - quant.value) + quant.value
+        together = replace(together, value=value)
+    parts[TOGETHER] = together
     return {name: figure.times(size) for name, figure in parts.items()}
 
 

@@ -163,11 +163,11 @@ def test_a_cold_start_an_export_and_their_sum_are_as_measured(home):
     assert export["convert"].high > 89
     assert list(export) == [*yardstick.ALONE, yardstick.TOGETHER]
     shape = shapes.of(home, recipe.SftRecipe.model_fields["base"].default)
-    # 80 s for the three quants and 24 short answers of each of four files, all on the card; 152 s for the quants alone
-    # where llama.cpp makes them.
+    # 65 and 86 s for the three quants and 24 short answers of each of four files, all on the card; 152 s for the quants
+    # alone where llama.cpp makes them.
     short = recipe.ExportRecipe(check_examples=24, max_new_tokens=16)
     measured = yardstick.exporting(16, short, shape, on_card=True)[yardstick.TOGETHER]
-    assert measured.low < 80 < measured.high and measured.value == pytest.approx(80, rel=0.5)
+    assert measured.low < 65 < measured.value < 86 < measured.high
     on_cores, on_card = (
         yardstick.exporting(16, short.model_copy(update={"quants": quants}), shape, on_card=True)[yardstick.TOGETHER]
         for quants in (("q8_0",) * 3, ("q6_k",) * 3)
