@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -165,8 +165,8 @@ def path() -> str:
 
 def run_stages(
     home: Home, base: Path, dataset: str, stages: Sequence[str], changes: dict[str, dict[str, Any]]
-) -> list[Run]:
-    """A pipeline through the queue, to its end."""
+) -> Iterator[Run]:
+    """A pipeline through the queue: each of its runs once it has ended, none after one that did not succeed."""
     made: dict[str, Any] = dict.fromkeys(recipe.KINDS)
     for stage in stages:
         more = {"base": str(base)} if stage == "sft" else {}
@@ -182,12 +182,12 @@ def run_stages(
                 flush=True,
             )
             time.sleep(1)
-        print(f"\n{run.record.kind}: {json.dumps(stage_figures(run))}", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        yield run
         if status.state != "succeeded":
             print(f"{run.record.kind} {status.state}: {status.reason} {status.remedy}", file=sys.stderr)
             queue.stop(home, queued[-1].id)
-            break
-    return queued
+            return
 
 
 def stage_figures(run: Run) -> dict[str, Any]:
@@ -257,29 +257,12 @@ def _line(name: str, each: dict[str, Any], load: str, ratio: str, whole: str) ->
     return f"| {name} | {load} | {times} | {rate} | {limit} | {whole} |"
 
 
-def measure(home: Home, base: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measure(home: Home, base: Path, options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
+    """The report, and where it is kept: from the first way on, so that a run that is cut off loses one at the most."""
     reached = rate() if gpu.read() else None
     shape = shapes.of(home, str(base))
-    whole = prepare(home, base, options.examples, options.pairs)
-    few = prepare(home, base, min(options.examples, 32 * options.steps), options.pairs)
-    ways = {}
-    for name in options.ways:
-        print(f"way: {name}", file=sys.stderr, flush=True)
-        ways[name] = run_way(name, base, corpus.folder(home, few))
-        print(json.dumps(ways[name]), file=sys.stderr, flush=True)
-    changes: dict[str, Any] = {"export": {"check_examples": options.check_examples, "max_new_tokens": REPLY}}
-    if not reached:
-        # Without a GPU nothing is quantised, and the small base's widths want few examples.
-        changes["sft"] = {"load_in_4bit": False}
-    jobs = [stage for stage in options.stages if stage != CHAT]
-    made = run_stages(home, base, whole, jobs, changes) if jobs else []
-    exported = next((run for run in made if run.record.kind == "export" and run.status().state == "succeeded"), None)
-    stages = {run.record.kind: stage_figures(run) for run in made}
-    for each in (*ways.values(), *stages.values()):
-        if reached and shape and "tokens_per_second" in each:
-            each["share"] = share(each, shape.parameters, reached)
     cards = gpu.read()
-    return {
+    report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": [card.name for card in cards],
         "driver": cards[0].driver if cards else None,
@@ -288,10 +271,37 @@ def measure(home: Home, base: Path, options: argparse.Namespace) -> dict[str, An
         "reached_flops": reached,
         "parameters": shape.parameters if shape else None,
         "steps_of_the_recipe": recipe.SftRecipe().steps(options.examples),
-        "ways": ways,
-        "stages": stages,
-        "chat": resident.measure(home, exported) if exported and CHAT in options.stages else None,
+        "ways": {},
+        "stages": {},
+        "chat": None,
     }
+    kept = home.root / "bench" / f"gpu-{report['date'].replace(':', '')[:17]}.json"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(part: str, name: str, figures: dict[str, Any]) -> None:
+        if reached and shape and "tokens_per_second" in figures:
+            figures["share"] = share(figures, shape.parameters, reached)
+        report[part][name] = figures
+        runs.write_json(kept, report)
+
+    whole = prepare(home, base, options.examples, options.pairs)
+    few = prepare(home, base, min(options.examples, 32 * options.steps), options.pairs)
+    for name in options.ways:
+        print(f"way: {name}", file=sys.stderr, flush=True)
+        keep("ways", name, run_way(name, base, corpus.folder(home, few)))
+        print(json.dumps(report["ways"][name]), file=sys.stderr, flush=True)
+    changes: dict[str, Any] = {"export": {"check_examples": options.check_examples, "max_new_tokens": REPLY}}
+    if not reached:
+        # Without a GPU nothing is quantised, and the small base's widths want few examples.
+        changes["sft"] = {"load_in_4bit": False}
+    jobs = [stage for stage in options.stages if stage != CHAT]
+    for run in run_stages(home, base, whole, jobs, changes) if jobs else []:
+        keep("stages", run.record.kind, figures := stage_figures(run))
+        print(f"{run.record.kind}: {json.dumps(figures)}", file=sys.stderr, flush=True)
+        if run.record.kind == "export" and figures["state"] == "succeeded" and CHAT in options.stages:
+            report["chat"] = resident.measure(home, run)
+    runs.write_json(kept, report)
+    return report, kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -317,10 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_checkpoint(base, "tiny" if options.base else "9b")
     else:
         base = Path(options.base).absolute()
-    report = measure(home, base, options)
-    kept = home.root / "bench" / f"gpu-{report['date'].replace(':', '')[:17]}.json"
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    report, kept = measure(home, base, options)
     print(table(report))
     print(f"kept in {kept}")
     return 0
