@@ -259,9 +259,9 @@ def _line(name: str, each: dict[str, Any], load: str, ratio: str, whole: str) ->
 
 def measure(home: Home, base: Path, options: argparse.Namespace) -> tuple[dict[str, Any], Path]:
     """The report, and where it is kept: from the first way on, so that a run that is cut off loses one at the most."""
-    reached = rate() if gpu.read() else None
-    shape = shapes.of(home, str(base))
     cards = gpu.read()
+    reached = rate() if cards else None
+    shape = shapes.of(home, str(base))
     report: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": [card.name for card in cards],

@@ -294,13 +294,15 @@ def _fitted(
     parts = math.ceil(whole / tokens)
     launches = _LAUNCH_FITTED["captured" if captured else "recomputed" if recomputed else "kept"]
     layers = shape.layers / NINE_B_LAYERS * (1 + dpo / 2) * parts
+    # Launches are every GPU's own already.
+    beside = 1 + _UNSHARED * (gpus - 1)
     arithmetic = [
-        work * shape.parameters * whole / (sheet.peak * reached) + traffic * parts for reached in _REACHED_FITTED
+        (work * shape.parameters * whole / (sheet.peak * reached) + traffic * parts) * beside
+        for reached in _REACHED_FITTED
     ]
     seconds = [max(a, b * layers) for a, b in zip(arithmetic, launches, strict=True)]
     basis = _H200 if gpu == "H200 SXM" else f"{_H200}, and NVIDIA's data sheet for {gpu}"
     if gpus > 1:
-        seconds = [each * (1 + _UNSHARED * (gpus - 1)) for each in seconds]
         timed = "two H200s that share the steps" if gpus == 2 else f"two; that {gpus} share the steps was never timed"
         basis = f"{basis}, and on {timed}"
     value, low, high = seconds
