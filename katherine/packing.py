@@ -5,9 +5,9 @@ Padding wastes more than half of a batch of short chats: 32 of the k0 corpus hol
 places. Attention still works on such a padded view, made and undone around it: right padding is exact under a causal
 layer, so no kernel has to know of boundaries, and in Qwen3.5 it is a hundredth of the arithmetic."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -16,6 +16,15 @@ from katherine.fit import CHUNK, Multiples
 
 # The name under which transformers finds our attention.
 ATTENTION = "katherine_packed"
+
+
+class Size(NamedTuple):
+    """What a captured graph's sizes depend on: tokens with filler, rows and their width in the padded view, chunks."""
+
+    tokens: int
+    rows: int
+    width: int
+    chunks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,8 @@ class Batch:
         return len(self.ids) - self.filler
 
     @property
-    def size(self) -> tuple[int, int, int, int]:
-        """What a captured graph's sizes depend on."""
-        return len(self.ids), self.rows, self.width, len(self.chunks)
+    def size(self) -> Size:
+        return Size(len(self.ids), self.rows, self.width, len(self.chunks))
 
     def to(self, device: Any) -> "Batch":
         kept = ((field.name, getattr(self, field.name)) for field in fields(self))
@@ -64,17 +72,20 @@ class Batch:
 AS_THEY_ARE = Multiples()
 
 
-def pack(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], multiples: Multiples = AS_THEY_ARE) -> Batch:
-    """Rows of (ids, learned) as one batch; rows that `multiples` adds are empty. Raises ValueError for an empty row."""
+def pack(
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    multiples: Multiples = AS_THEY_ARE,
+    known: Collection[Size] = (),
+) -> Batch:
+    """Rows of (ids, learned) as one batch; rows that are added are empty. known: sizes that cost less than a new one.
+    Raises ValueError for an empty row."""
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     if not len(rows) or not lengths.all():
         raise ValueError("pack was given no rows, or an empty one.")
+    size = _size(lengths, multiples, known)
+    count, width = size.rows, size.width
     tokens = int(lengths.sum())
-    filler = -tokens % multiples.tokens
-    count = len(rows) + -len(rows) % multiples.rows
-    # Filler stands at the last place, which must then be nobody's.
-    width = int(lengths.max()) + (filler > 0 and count == len(rows))
-    width += -width % multiples.width
+    filler = size.tokens - tokens
     owner = torch.repeat_interleave(torch.arange(len(rows)), lengths)
     positions = torch.arange(tokens) - (lengths.cumsum(0) - lengths)[owner]
     place = owner * width + positions
@@ -94,7 +105,7 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], multiples: Multip
         place=functional.pad(place, padding, value=count * width - 1),
         spread=spread,
         bounds=functional.pad(sequences.cumsum(0), (1, 0)),
-        chunks=_chunks(sequences, multiples.chunks),
+        chunks=_chunks(sequences, size.chunks),
         scored=next_learned - 1,
         labels=ids[next_learned],
         owner=owner[next_learned],
@@ -105,12 +116,39 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], multiples: Multip
     )
 
 
-def _chunks(sequences: torch.Tensor, multiple: int) -> torch.Tensor:
+def _size(lengths: torch.Tensor, multiples: Multiples, known: Collection[Size]) -> Size:
+    """The least of the known sizes that holds rows of these lengths, if its tokens are at most one multiple more than
+    need be; else a new one."""
+    tokens, rows = _up(int(lengths.sum()), multiples.tokens), _up(len(lengths), multiples.rows)
+    least = _least(lengths, tokens, rows)
+    new = Size(tokens, rows, _up(least.width, multiples.width), _up(least.chunks, multiples.chunks))
+    enough = (
+        each
+        for each in known
+        if tokens <= each.tokens <= tokens + multiples.tokens
+        and rows <= each.rows
+        and all(a <= b for a, b in zip(_least(lengths, each.tokens, each.rows), each, strict=True))
+    )
+    return min(enough, default=new)
+
+
+def _least(lengths: torch.Tensor, tokens: int, rows: int) -> Size:
+    """The narrowest of so many tokens and rows."""
+    filler = tokens - int(lengths.sum())
+    # Filler stands at the last place, which must then be nobody's.
+    width = int(lengths.max()) + (filler > 0 and rows == len(lengths))
+    return Size(tokens, rows, width, sum(-(-length // CHUNK) for length in [*lengths.tolist(), filler]))
+
+
+def _up(number: int, multiple: int) -> int:
+    return number + -number % multiple
+
+
+def _chunks(sequences: torch.Tensor, wanted: int) -> torch.Tensor:
     counts = (sequences + CHUNK - 1) // CHUNK
     owner = torch.repeat_interleave(torch.arange(len(sequences)), counts)
     number = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
-    added = -len(owner) % multiple
-    empty = torch.tensor([[len(sequences) - 1, 0]]).expand(added, 2)
+    empty = torch.tensor([[len(sequences) - 1, 0]]).expand(wanted - len(owner), 2)
     return torch.cat([torch.stack([owner, number], dim=1), empty])
 
 

@@ -2,13 +2,13 @@
 step of short chats launches ten thousand small kernels, and issuing them one by one from Python takes longer than the
 GPU needs to run them. Needs torch and a GPU."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from katherine.packing import Batch
+from katherine.packing import Batch, Size
 
 # Triton tunes its kernels and cuBLAS takes its workspace the first times; neither may happen while capturing.
 WARM_UP = 2
@@ -22,13 +22,13 @@ class Replay:
         self._forward = forward
         self._parameters = list(parameters)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, int, int, int], _Captured] = {}
+        self._graphs: dict[Size, _Captured] = {}
         self._anchor = torch.zeros((), device="cuda", requires_grad=True)
 
     @property
-    def sizes(self) -> int:
-        """How many sizes of batches were captured."""
-        return len(self._graphs)
+    def sizes(self) -> Collection[Size]:
+        """Those that were captured."""
+        return self._graphs.keys()
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         if batch.size not in self._graphs:

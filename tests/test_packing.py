@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from katherine import fused, model, packed_model, packing
 from katherine.fit import CHUNK, Multiples
 from katherine.likelihood import token_logprobs
+from katherine.packing import Size
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj_qkv", "out_proj"]
 # One token short of, at and past a chunk of the recurrence, and shorter than the convolution.
@@ -63,11 +64,23 @@ def both(request):
     return found, rows, expected
 
 
-@pytest.mark.parametrize("multiples", [Multiples(), Multiples(64, 8, 32, 16), Multiples(width=50, tokens=7)])
-def test_a_packed_batch_gives_the_padded_ones_log_probabilities_and_gradients(both, multiples):
+WIDE = Multiples(512, 8, 64, 16)
+
+
+@pytest.mark.parametrize(
+    ("multiples", "known"),
+    [
+        (Multiples(), ()),
+        (Multiples(64, 8, 32, 16), ()),
+        (Multiples(width=50, tokens=7), ()),
+        (WIDE, [Size(1024, 16, 320, 64)]),
+    ],
+)
+def test_a_packed_batch_gives_the_padded_ones_log_probabilities_and_gradients(both, multiples, known):
     found, rows, (said, expected) = both
     bare = found.get_base_model()
-    batch = packing.pack(rows, multiples)
+    batch = packing.pack(rows, multiples, known)
+    assert not known or batch.size in known
     hidden = packed_model.hidden_states(bare, batch)[batch.scored]
     # a chunk of two tokens: the head never holds more logits at a time
     ours = token_logprobs(hidden, bare.lm_head.weight, batch.labels, chunk=2 * len(bare.lm_head.weight))
@@ -104,6 +117,26 @@ def test_sizes_are_rounded_up_and_what_is_added_belongs_to_nobody():
     full = packing.pack(rows, Multiples(tokens=32))
     assert full.width == 10, "filler needs a place that is nobody's"
     assert full.place[-1] == 19 and 19 not in full.place[:14].tolist()
+
+
+def test_a_size_that_is_known_is_taken_where_it_holds_the_batch_and_is_little_larger():
+    rows, multiples = some_rows((60, 70)), Multiples(128, 4, 64, 8)
+    new = Size(256, 4, 128, 8)
+    larger, wider = Size(384, 8, 192, 16), Size(256, 4, 320, 8)
+    too_large, too_narrow = Size(512, 4, 128, 8), Size(256, 4, 64, 8)
+    # 60 and 70 tokens and 126 or 254 of filler: 1 + 2 + 2 or 4 chunks
+    too_few_rows, too_few_chunks = Size(256, 1, 128, 8), Size(256, 4, 128, 4)
+    for known, taken in (
+        ([], new),
+        ([larger], larger),
+        ([larger, wider], wider),
+        ([larger, wider, new], new),
+        ([too_large, too_narrow, too_few_rows, too_few_chunks], new),
+    ):
+        assert packing.pack(rows, multiples, known).size == taken, known
+    # without a row to spare, filler needs a place beyond the longest row
+    assert packing.pack(rows, Multiples(tokens=256), [Size(256, 2, 70, 8)]).width == 71
+    assert packing.pack(rows, Multiples(tokens=256), [Size(256, 2, 71, 8)]).width == 71
 
 
 def test_a_rows_first_token_is_never_scored_and_each_score_knows_its_row():

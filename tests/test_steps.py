@@ -1,6 +1,8 @@
 """A fitted training against the same recipe as it is written: the same examples a step, the same losses, the same
 adapter; and what a shortage of memory does to it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import REPLIES, Told, reply, user, write_dataset
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from katherine import adapters, dpo, recipe, sft, steps
 from katherine.examples import Conversation, Preference
 from katherine.fit import Fit, Multiples
+from katherine.packing import Size
 
 TINY = {
     "lora_r": 4,
@@ -92,6 +95,25 @@ def test_dpo_starts_at_ln_2_with_rewards_of_exactly_0_and_goes_the_same_way(as_w
         assert loss == pytest.approx(told[False].losses()[step], rel=2e-2), step
     names = {"margin", "accuracy", "reward_chosen", "reward_rejected"}
     assert all(names <= set(row) for row in told[True].rows)
+
+
+def test_a_step_takes_a_size_that_was_captured_and_learns_the_same(as_written, uneven_dataset, tmp_path, monkeypatch):
+    base, shape, written, _ = as_written
+    roomy = Size(4096, 64, 256, 256)
+    fit = Fit(1 << 20, 0, False, 1 << 26, Multiples(tokens=4096, rows=64, width=64, chunks=8))
+    monkeypatch.setattr("katherine.fit.choose", lambda *_: fit)
+    monkeypatch.setattr(steps.Packed, "_replay", SimpleNamespace(sizes={roomy}))
+    taken = []
+    losses = steps.PackedSft.losses
+    monkeypatch.setattr(
+        steps.PackedSft,
+        "losses",
+        lambda self, model, batch, whole: taken.append(batch.size) or losses(self, model, batch, whole),
+    )
+    told = Told()
+    sft.train(uneven_dataset, a_recipe(base, **shape), tmp_path, told)
+    close(told, written, base)
+    assert taken == [roomy] * len(told.losses())
 
 
 def test_a_held_out_share_is_evaluated_packed(as_written, uneven_dataset, tmp_path):
