@@ -259,28 +259,14 @@ def smooth(values: Floats, weight: float) -> Floats:
     return result
 
 
-# Values averaged in one product with a triangle of powers; only the carry from block to block is a loop. 64 makes 800
-# rounds of 50,000 values, and the product small against what a loop over the values would take.
-_BLOCK = 64
-
-
 def _averaged(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
     """s[i] = weight·s[i-1] + (1-weight)·values[i], from s[-1] = 0."""
-    blocks = -(-len(values) // _BLOCK)
-    padded = np.zeros(blocks * _BLOCK)
-    padded[: len(values)] = values
-    place = np.arange(_BLOCK)
-    apart = place[:, None] - place[None, :]
-    powers = np.where(apart >= 0, weight ** np.maximum(apart, 0), 0.0) * (1 - weight)
-    # einsum stays on this thread: a matrix product would wake BLAS's threads, on cores that are busy training.
-    own = np.einsum("bj,ij->bi", padded.reshape(blocks, _BLOCK), powers)
-    carry = np.empty(blocks)
-    last, across = 0.0, weight**_BLOCK
-    for block, end in enumerate(own[:, -1].tolist()):
-        carry[block] = last
-        last = across * last + end
-    own += carry[:, None] * weight ** (place + 1.0)
-    return own.reshape(-1)[: len(values)]
+    # The sum over the last n values gives that over 2n: so a dozen passes, and none where a weight is nothing any more.
+    result, reach = values * (1 - weight), 1
+    while reach < len(result) and (power := weight**reach) > 1e-17:
+        result[reach:] += power * result[:-reach]
+        reach *= 2
+    return result
 
 
 def thin(values: Floats, points: int) -> NDArray[np.intp]:

@@ -74,7 +74,7 @@ def recipes_of(home: Home, run: Run) -> dict[str, Recipe]:
 
 def memory_gib(run: Run) -> float | None:
     """The most memory that training needed so far, as its log says."""
-    for row in reversed(run.last_metrics()):
+    for row in run.newest_metrics():
         if isinstance(value := row.get("memory_gib"), int | float):
             return float(value)
     return None
@@ -123,17 +123,17 @@ def _measured(run: Run, status: Status) -> dict[str, Any]:
     if run.record.kind not in ("sft", "dpo"):
         return {}
     first = next((row for row in run.first_metrics() if "loss" in row), None)
-    last = [row for row in run.last_metrics() if "loss" in row]
-    if first is None or not last or not status.started or not status.ended:
+    last = next((row for row in run.newest_metrics() if "loss" in row), None)
+    if first is None or last is None or not status.started or not status.ended:
         return {}
-    made = last[-1]["step"] - first["step"]
+    made = last["step"] - first["step"]
     return {
-        "steps": int(last[-1]["step"]),
+        "steps": int(last["step"]),
         "setup": _between(status.started, first["time"]),
         "first": float(first["seconds"]),
-        "step": (last[-1]["seconds"] - first["seconds"]) / made if made > 0 else None,
-        "after": _between(last[-1]["time"], status.ended),
-        "memory": float(last[-1]["memory_gib"]),
+        "step": (last["seconds"] - first["seconds"]) / made if made > 0 else None,
+        "after": _between(last["time"], status.ended),
+        "memory": float(last["memory_gib"]),
     }
 
 

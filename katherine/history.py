@@ -38,6 +38,7 @@ class History:
         self._root = os.fspath(home.runs)
         self._lock = threading.Lock()
         self._seen: dict[str, tuple[tuple[int, int, int], Seen]] = {}
+        self._sorted: list[Seen] = []
         self._outcomes: dict[str, tuple[Seen, Outcome]] = {}
 
     def runs(self) -> list[Seen]:
@@ -51,10 +52,12 @@ class History:
             for name in names:
                 if looked := self._look(name):
                     here[name] = looked
-            self._seen = here
-            for gone in self._outcomes.keys() - here.keys():
-                self._outcomes.pop(gone, None)
-            return sorted((seen for _, seen in here.values()), key=_age, reverse=True)
+            if here != self._seen:
+                self._seen = here
+                self._sorted = sorted((seen for _, seen in here.values()), key=_age, reverse=True)
+                for gone in self._outcomes.keys() - here.keys():
+                    self._outcomes.pop(gone, None)
+            return list(self._sorted)
 
     def get(self, run_id: str) -> Seen:
         """One run. Raises NotFound for an id that is not a run's, DataError for a damaged run.json."""
@@ -86,8 +89,8 @@ class History:
 
     def _look(self, name: str) -> tuple[tuple[int, int, int], Seen] | None:
         known = self._seen.get(name)
-        # Text, not a Path: five hundred of those cost more than asking the disk does.
-        now = mark(os.path.join(self._root, name, "status.json"))
+        # Text put together, not a Path or a join: five hundred of those cost more than asking the disk does.
+        now = mark(f"{self._root}/{name}/status.json")
         if known and known[0] == now:
             return known
         try:

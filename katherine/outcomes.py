@@ -119,7 +119,7 @@ def _of_result(result: dict[str, Any]) -> Outcome:
 
 
 def _of_metrics(run: Run) -> Outcome:
-    for row in reversed(run.last_metrics()):
+    for row in run.newest_metrics():
         if "loss" in row:
             step = row.get("step")
             return Outcome(

@@ -82,19 +82,24 @@ def _steps(run: Run, status: Status) -> list[dict[str, Any]]:
     tokens_per_second."""
     found: dict[int, dict[str, Any]] = {}
     begun = status.phase_began or status.started or ""
-    for row in run.last_metrics():
+    for row in run.newest_metrics():
+        if len(found) > RECENT_STEPS:
+            break
         try:
             step, time = int(row["step"]), str(row["time"])
             # A resumed run logs the steps after its checkpoint again; an evaluation has a row of its own.
             if row["attempt"] != status.attempt or time < begun or "eval_loss" in row:
                 continue
             seconds = row.get("seconds")
-            found[step] = {
-                "step": step,
-                "at": datetime.fromisoformat(time).timestamp() if seconds is None else float(seconds),
-                "time": time,
-                "tokens_per_second": row.get("tokens_per_second"),
-            }
+            found.setdefault(
+                step,
+                {
+                    "step": step,
+                    "at": datetime.fromisoformat(time).timestamp() if seconds is None else float(seconds),
+                    "time": time,
+                    "tokens_per_second": row.get("tokens_per_second"),
+                },
+            )
         except (KeyError, TypeError, ValueError):
             continue
     return [found[step] for step in sorted(found)][-RECENT_STEPS - 1 :]

@@ -130,15 +130,16 @@ class Run:
         with path.open("rb") as lines:
             yield from _rows(lines)
 
-    def first_metrics(self) -> list[dict[str, Any]]:
+    def first_metrics(self) -> Iterator[dict[str, Any]]:
         """The rows in the first END_BYTES of the log."""
-        return self._end_of_metrics(False)
+        return _rows(self._end_of_metrics(False))
 
-    def last_metrics(self) -> list[dict[str, Any]]:
-        """The rows in the last END_BYTES of the log."""
-        return self._end_of_metrics(True)
+    def newest_metrics(self) -> Iterator[dict[str, Any]]:
+        """The rows in the last END_BYTES of the log, the newest first. Each is decoded when it is asked for: a page
+        wants a few, every two seconds."""
+        return _rows(reversed(self._end_of_metrics(True)))
 
-    def _end_of_metrics(self, last: bool) -> list[dict[str, Any]]:
+    def _end_of_metrics(self, last: bool) -> list[bytes]:
         try:
             with (self.path / "metrics.jsonl").open("rb") as file:
                 begin = max(file.seek(0, 2) - END_BYTES, 0) if last else 0
@@ -147,7 +148,7 @@ class Run:
         except OSError:
             return []
         # What begins or ends in the middle is no JSON; but the rest of a row might be, so the first goes anyway.
-        return list(_rows(lines[1:] if begin else lines))
+        return lines[1:] if begin else lines
 
 
 def _rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

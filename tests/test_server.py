@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from jobs import queue
 from katherine import runs
 from katherine.runs import State
 from katherine.settings import PROJECT, Home
+from ui import server
 
 
 @pytest.fixture
@@ -49,6 +51,24 @@ def test_it_serves_on_every_address_of_the_machine_and_says_which_to_open(home, 
     assert f"The panel is at http://localhost:{panel.port}\n" in panel.output
     # Another of the machine's own addresses: what listens on 127.0.0.1 alone does not answer there.
     assert httpx.get(f"http://127.0.0.2:{panel.port}/health", timeout=10).status_code == 200
+
+
+def test_no_part_of_an_answer_waits_until_the_part_before_is_acknowledged():
+    seen = []
+
+    async def answered(_, writer):
+        seen.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def asked():
+        with server._listening(0) as listener:
+            async with await asyncio.start_server(answered, sock=listener):
+                reader, writer = await asyncio.open_connection("127.0.0.1", listener.getsockname()[1])
+                await reader.read()
+                writer.close()
+
+    asyncio.run(asked())
+    assert seen == [1]
 
 
 def test_on_a_pod_it_says_the_proxys_address(home, serving):

@@ -195,7 +195,9 @@ def _place(home: Home, port: int) -> Iterator[None]:
 
 @contextmanager
 def _listening(port: int) -> Iterator[socket.socket]:
-    with socket.socket() as listener:
+    # Named TCP, since asyncio sets TCP_NODELAY only on connections of sockets that are. Without it an answer's second
+    # write, its body, is held back until the browser has acknowledged the first, up to 40 ms later.
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:
         # The port of a panel that was just killed is still waiting for its connections to end.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

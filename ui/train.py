@@ -294,11 +294,10 @@ class _Page:
         draft, page = self._upcoming.get()
         news.tell("draft", self.draft, page, lambda: page)
         bases = [each for each in every if each.kind == "sft" and each.status.state is State.succeeded]
-        choices = [(_label(each), each.id) for each in bases]
         # The newest is offered at first; a choice that was made stays.
-        offered: dict[str, Any] = {"value": choices[0][1]} if choices and not news.marks.get("offered") else {}
-        news.marks["offered"] = "yes" if choices else ""
-        news.tell("on", self.on, _joined(bases), lambda: gr.update(choices=choices, **offered))
+        offered: dict[str, Any] = {"value": bases[0].id} if bases and not news.marks.get("offered") else {}
+        news.marks["offered"] = "yes" if bases else ""
+        news.tell("on", self.on, _joined(bases), lambda: gr.update(choices=_named(bases), **offered))
         for button, name, possible in (
             (self.start_sft, "start_sft", draft.dataset is not None),
             (self.start_pipeline, "start_pipeline", draft.dataset is not None),
@@ -385,7 +384,11 @@ def _label(seen: Seen) -> str:
 
 
 def _choices(every: Sequence[Seen]) -> list[tuple[str, str]]:
-    return [(FOLLOWED, FOLLOW), *((_label(each), each.id) for each in every)]
+    return [(FOLLOWED, FOLLOW), *_named(every)]
+
+
+def _named(every: Sequence[Seen]) -> list[tuple[str, str]]:
+    return [(_label(each), each.id) for each in every]
 
 
 def _comparable(every: Sequence[Seen], run: Seen | None) -> list[tuple[str, str]]:
