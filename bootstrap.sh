@@ -422,7 +422,7 @@ install_tools() {
     echo "$wanted" >"$place/katherine.tools"
 }
 
-find_browser() { PYTHONPATH=$project "$python" "$project/tests/browser.py"; }
+find_browser() { PYTHONPATH=$project "$python" -m bench.chromium; }
 
 # The tests look at the panel with a real Chromium, which comes through the system's packages, so only as root. Without
 # one they say which of them they left out; with KATHERINE_BROWSER=required that fails.

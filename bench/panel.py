@@ -9,9 +9,7 @@ brings them)."""
 
 import argparse
 import json
-import os
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench import bare
+from bench import bare, chromium
 from bench.past import write_past
 from bench.served import PASSWORD, bare_gradio, panel
 from jobs import queue
@@ -36,8 +34,6 @@ TAB, REFRESH, REFRESH_BYTES, MEMORY = 300, 150, 60_000, 350e6
 # And seconds: of its start on the idle machine, of any handler (ui.edge notes those that take longer), of any request.
 START, HANDLER, REQUEST = 5, 1, 30
 TABS = ("dataset", "recipe", "train", "export", "chat", "probes", "review", "publish", "history")
-CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync"]  # fmt: skip
 # From the click to the frame in which the tab's content is there, measured in the page: the driver's own way to and
 # from it is no part of it.
 SWITCH = """async (name) => {
@@ -172,8 +168,11 @@ def _watch_bare(port: int, seconds: float) -> dict[str, Any]:
 def _page() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
+    program, finding = chromium.find()
+    if program is None:
+        raise SystemExit(f"{finding}: `bash bootstrap.sh test` brings one, or says how.")
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=_chromium(), args=CHROMIUM)
+        browser = driver.chromium.launch(executable_path=program, args=chromium.FLAGS)
         yield browser.new_page(viewport={"width": 1440, "height": 900})
         browser.close()
 
@@ -231,14 +230,6 @@ def _choose(page: Any, run: Run) -> None:
     page.get_by_role("option").first.click()
     page.get_by_text(run.id).locator("visible=true").first.wait_for()
     page.locator(".k-plot .main-svg").locator("visible=true").first.wait_for()
-
-
-def _chromium() -> str:
-    names = [os.environ.get("KATHERINE_CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome"]
-    found = next((program for name in names if name and (program := shutil.which(name))), None)
-    if found is None:
-        raise SystemExit("No Chromium is installed: `bash bootstrap.sh test` brings one, or says how.")
-    return found
 
 
 def _percentile(values: list[float], percent: int) -> float:

@@ -78,7 +78,6 @@ class Engine:
         threads: int | None = None,
         gpu_layers: int = -1,
         check_tensors: bool = False,
-        load_seconds: float = LOAD_SECONDS,
         answer_seconds: float = ANSWER_SECONDS,
         abandon: threading.Event | None = None,
         card: str | None = None,
@@ -118,7 +117,7 @@ class Engine:
             ),
         )
         try:
-            self._meta = self._next(load_seconds, abandon)["done"]
+            self._meta = self._next(LOAD_SECONDS, abandon)["done"]
         except BaseException:
             self.close()
             raise

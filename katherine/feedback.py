@@ -233,15 +233,10 @@ def _tagged(pair: Preference, how: How) -> Preference:
 # ------------------------------------------------------------------------------------------------- what was decided
 
 
-def pairs(home: Home, export_ids: Iterable[str], onto: str = "") -> list[Candidate]:
-    """The candidates of these exports' verdicts, the newest first, with what was decided about them. onto: the dataset
-    that is to be extended; what it has already does not go in unless somebody says so. Raises NotFound for an id that
-    is no run's, DataError for damaged decisions."""
-    return list(survey(home, export_ids, onto).pairs)
-
-
 def survey(home: Home, export_ids: Iterable[str], onto: str = "") -> Collected:
-    """As `pairs`, and what gave none."""
+    """The candidates of these exports' verdicts, the newest first, with what was decided about them, and what gave
+    none. onto: the dataset that is to be extended; what it has already does not go in unless somebody says so. Raises
+    NotFound for an id that is no run's, DataError for damaged decisions."""
     given = (verdict for each in dict.fromkeys(export_ids) for verdict in reviews.verdicts(home, each))
     collected = collect(given, lambda verdict, judged: judged.column in _cut_in(home, verdict))
     decided, there = decisions(home), _used(home)

@@ -23,12 +23,11 @@ API_SECONDS = 30.0
 @dataclass(frozen=True, slots=True)
 class Pod:
     """started: when its container last began, UTC; what ran before a restart is not counted. gpus: how many it rents;
-    the price is for each. network_volume: whether its volume outlives even a terminated pod."""
+    the price is for each."""
 
     id: str
     gpus: int
     started: datetime
-    network_volume: bool
 
     def hours(self, now: datetime | None = None) -> float:
         return max(((now or datetime.now(UTC)) - self.started).total_seconds() / 3600, 0.0)
@@ -52,7 +51,6 @@ def here() -> Pod | None:
         id=pod_id,
         gpus=int(count) if count.isdecimal() else 1,
         started=_started(),
-        network_volume=bool(os.environ.get("RUNPOD_VOLUME_ID", "").strip()),
     )
 
 

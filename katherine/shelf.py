@@ -3,7 +3,6 @@ a million problems. Making them is corpus's."""
 
 import csv
 import io
-import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -188,13 +187,6 @@ def problems_csv(home: Home, dataset_id: str) -> Iterator[str]:
 def inert(text: str) -> str:
     """A spreadsheet would run what begins like a formula."""
     return "'" + text if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
-def problems_jsonl(home: Home, dataset_id: str) -> Iterator[bytes]:
-    """The problems as lines of JSON, many at a time."""
-    left = every_problem(home, dataset_id)
-    while some := list(itertools.islice(left, 1000)):
-        yield b"".join(_encode(problem) + b"\n" for problem in some)
 
 
 class UncuratedPair(msgspec.Struct, frozen=True):

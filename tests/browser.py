@@ -5,7 +5,6 @@
 """
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,22 +17,12 @@ from typing import Any, NoReturn
 import httpx
 import pytest
 
+from bench import chromium
 from katherine.settings import PROJECT, Home, child_environment
 
 OPERATOR = "operator-under-test"
 REVIEWER = "reviewer-under-test"
 PASSWORDS = {"operator": OPERATOR, "reviewer": REVIEWER}
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# Without a sandbox it runs as root, as in a container; the rest keeps it from calling home.
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 class Served:
@@ -143,7 +132,7 @@ def serving() -> Iterator[Callable[..., Served]]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A Chromium, shared: take `browser.new_context()` for cookies of your own, and close it."""
-    program, finding = find_chromium()
+    program, finding = chromium.find()
     if program is not None:
         try:
             from playwright.sync_api import sync_playwright
@@ -152,9 +141,9 @@ def browser() -> Iterator[Any]:
     if program is None:
         left_out(f"{finding}; `bash bootstrap.sh test` as root brings one")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield chromium
-        chromium.close()
+        launched = playwright.chromium.launch(executable_path=program, args=chromium.FLAGS)
+        yield launched
+        launched.close()
 
 
 def left_out(why: str) -> NoReturn:
@@ -162,31 +151,3 @@ def left_out(why: str) -> NoReturn:
     if os.environ.get("KATHERINE_BROWSER") == "required":
         pytest.fail(f"{why} (KATHERINE_BROWSER=required)", pytrace=False)
     pytest.skip(why)
-
-
-def find_chromium() -> tuple[str | None, str]:
-    """A Chromium that really runs without a screen, or None and what was found instead. Ubuntu's package is a stub
-    that asks for snap, which does not run in containers."""
-    finding = "no Chromium is installed"
-    for name in [os.environ.get("KATHERINE_CHROMIUM", ""), *NAMES]:
-        if name and (program := shutil.which(name)):
-            try:
-                ran = subprocess.run(
-                    [program, "--headless", *FLAGS, "--dump-dom", "data:text/html,<p>it runs</p>"],
-                    capture_output=True,
-                    text=True,
-                    timeout=60,
-                )
-            except (OSError, subprocess.TimeoutExpired) as error:
-                finding = f"{program} does not run ({type(error).__name__})"
-                continue
-            if "it runs" in ran.stdout:
-                return program, ""
-            finding = f"{program} does not run without a screen"
-    return None, finding
-
-
-if __name__ == "__main__":
-    program, finding = find_chromium()
-    print(program or finding)
-    sys.exit(program is None)

@@ -923,7 +923,6 @@ def test_problems_of_one_kind_stand_together_and_none_is_lost(tmp_path, home, ag
     assert "longer than the max length" in {group["group"] for group in groups}
     there = everything(home, dataset.id)
     assert sorted(map(str, there)) == sorted(map(str, dataset.report["problems"]))
-    assert [json.loads(line) for line in b"".join(shelf.problems_jsonl(home, dataset.id)).splitlines()] == there
     rows = list(csv.reader(io.StringIO("".join(shelf.problems_csv(home, dataset.id)))))
     assert rows[0] == ["severity", "file", "line", "reason", "text"] and len(rows) == len(there) + 1
     with pytest.raises(NotFound):

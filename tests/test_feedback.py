@@ -82,7 +82,7 @@ def texts(found: list[feedback.Candidate]) -> set[tuple[str, str, str]]:
 
 
 def pairs(panel: Panel) -> list[feedback.Candidate]:
-    return feedback.pairs(panel.home, [panel.export])
+    return list(feedback.survey(panel.home, [panel.export]).pairs)
 
 
 def left(panel: Panel) -> dict[str, int]:
@@ -313,14 +313,14 @@ def test_a_pair_that_a_dataset_has_is_known_there_and_does_not_go_in_twice(judge
     home = judged.home
     file = feedback.write(home, pairs(judged))
     made = carried_out(home, dataset, file)
-    for one in feedback.pairs(home, [judged.export], made):
+    for one in feedback.survey(home, [judged.export], made).pairs:
         assert one.datasets == (made,) and not one.included
-    assert all(one.included for one in feedback.pairs(home, [judged.export], dataset))
+    assert all(one.included for one in feedback.survey(home, [judged.export], dataset).pairs)
     with pytest.raises(DataError, match="exactly these pairs"):
         feedback.request(home, made, file)
     judged.judge("Cleo", "Tea?", {Q4: "Coffee.", Q5: "Water.", Q6: "As an AI, I do not drink."},
                  best=Q4, q6_k=DISLIKED)  # fmt: skip
-    new = [one for one in feedback.pairs(home, [judged.export], made) if one.included]
+    new = [one for one in feedback.survey(home, [judged.export], made).pairs if one.included]
     assert [one.question for one in new] == ["Tea?"]
     second = carried_out(home, made, feedback.write(home, new))
     assert second.startswith("persona-reviewed-") and content(home, second) == content(home, made)
@@ -331,7 +331,7 @@ def test_an_edited_pair_is_known_by_the_one_it_was_made_of(judged, dataset):
     feedback.reword(judged.home, one, "Katherine!")
     made = carried_out(judged.home, dataset, feedback.write(judged.home, [p for p in pairs(judged) if p.id == one.id]))
     assert ("Who are you?", "Katherine!", SAID[Q6]) in content(judged.home, made)
-    assert {p.id for p in feedback.pairs(judged.home, [judged.export], made) if p.datasets} == {one.id}
+    assert {p.id for p in feedback.survey(judged.home, [judged.export], made).pairs if p.datasets} == {one.id}
 
 
 def test_a_pair_against_a_curated_one_is_told_and_not_counted_as_used(panel, dataset):
@@ -341,7 +341,7 @@ def test_a_pair_against_a_curated_one_is_told_and_not_counted_as_used(panel, dat
     file = feedback.write(panel.home, pairs(panel))
     made = carried_out(panel.home, dataset, file)
     assert feedback.came_of(panel.home, made, file.name).startswith("1 pair added, 1 left out")
-    used = {one.question: one.datasets for one in feedback.pairs(panel.home, [panel.export], dataset)}
+    used = {one.question: one.datasets for one in feedback.survey(panel.home, [panel.export], dataset).pairs}
     assert used == {"Tea?": (), "Who?": (made,)}
 
 
