@@ -356,7 +356,11 @@ class _Page:
             if odd := plots.odd(run.kind, main):
                 page = Markup("<p class='k-warn'>No finite number, and so a gap: {}.</p>").format("; ".join(odd))
         for name, figure in self.figures.items():
-            news.values[figure] = gr.update(value=drawn.get(name), visible=name in drawn)
+            # An update has Gradio make the component anew, a value does not.
+            if news.is_news(f"{name} is shown", name in drawn):
+                news.values[figure] = gr.update(value=drawn.get(name), visible=name in drawn)
+            elif name in drawn:
+                news.values[figure] = drawn[name]
         news.values[self.odd] = page
 
     def _drawn(self, seen: Seen) -> plots.Shown:
