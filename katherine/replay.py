@@ -47,7 +47,7 @@ class _Captured:
         pool: Any,
     ):
         self.parameters = parameters
-        self.inputs = {name: getattr(batch, name).clone() for name in _READ}
+        self.inputs = {name: getattr(batch, name).clone() for name in READ}
         own = replace(batch, **self.inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -96,4 +96,4 @@ class _Replayed(torch.autograd.Function):
 
 
 # What a forward pass reads of a batch; the rest is for the head, which is not captured.
-_READ = ("ids", "positions", "place", "spread", "bounds", "chunks")
+READ = ("ids", "positions", "place", "spread", "bounds", "chunks")

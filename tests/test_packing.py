@@ -2,12 +2,13 @@
 kinds of layers that look back, wherever boundaries, filler and empty rows fall."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from katherine import fused, model, packed_model, packing
+from katherine import fused, model, packed_model, packing, replay
 from katherine.fit import CHUNK, Multiples
 from katherine.likelihood import token_logprobs
 from katherine.packing import Size
@@ -90,6 +91,18 @@ def test_a_packed_batch_gives_the_padded_ones_log_probabilities_and_gradients(bo
     assert set(found_gradients) == set(expected)
     for name, gradient in found_gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-4 * expected[name].norm(), name
+
+
+def test_a_forward_pass_reads_nothing_of_a_batch_but_what_a_captured_graph_is_given(both):
+    found, rows, _ = both
+    bare = found.get_base_model()
+    captured = packing.pack(rows, WIDE)
+    batch = packing.pack(some_rows((9, 40, 70)), WIDE, [captured.size])
+    assert batch.size == captured.size and batch.filler > captured.filler and batch.filled < captured.filled
+    loaded = replace(captured, **{name: getattr(batch, name) for name in replay.READ})
+    with torch.no_grad():
+        expected = packed_model.hidden_states(bare, batch)[batch.scored]
+        assert torch.equal(packed_model.hidden_states(bare, loaded)[batch.scored], expected)
 
 
 def test_a_recomputed_layer_gives_the_same_gradients(both):
