@@ -65,7 +65,7 @@ def take(home: Home, what: str, *, run: str | None = None, name: str = PROCESSOR
     """Take the slot of the GPU `name`. Raises Busy, naming the holder; never waits."""
     held = bind(home, _place(name))
     if held is None:
-        raise Busy(f"{_title(name)} is held by {_described(home, name)}. {_REMEDY}")
+        raise Busy(f"{held_by(home, [name])}. {_REMEDY}")
     note = home.root / f"slot-{name}.json"
     try:
         home.root.mkdir(parents=True, exist_ok=True)
@@ -84,8 +84,14 @@ def take_one(home: Home, what: str, names: Sequence[str], *, run: str | None = N
     for name in names:
         with suppress(Busy):
             return take(home, what, run=run, name=name)
-    holders = "; ".join(f"GPU {name} by {_described(home, name)}" for name in names)
-    raise Busy(f"Every GPU is held: {holders}. {_REMEDY}")
+    raise Busy(f"{held_by(home, names)}. {_REMEDY}")
+
+
+def held_by(home: Home, names: Sequence[str]) -> str:
+    """Who holds these GPUs, all of which are held, as a clause."""
+    if len(names) == 1:
+        return f"{_title(names[0])} is held by {_described(home, names[0])}"
+    return f"Every GPU is held: {'; '.join(f'GPU {name} by {_described(home, name)}' for name in names)}"
 
 
 def free(home: Home, names: Sequence[str]) -> list[str]:
@@ -111,7 +117,7 @@ def _place(name: str) -> str:
 
 
 def _title(name: str) -> str:
-    return "The GPU" if name == PROCESSOR else f"GPU {name}"
+    return "The machine" if name == PROCESSOR else f"GPU {name}"
 
 
 def chatting(home: Home, names: Sequence[str]) -> bool:

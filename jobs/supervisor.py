@@ -416,8 +416,9 @@ def _start(home: Home, run: Run, cards: Sequence[str], crew: Crew, worker: str) 
     """Hand the run to the crew with a GPU, or say why it has to wait."""
     try:
         held = [slot.take_one(home, run.record.kind, cards, run=run.id)]
-    except Busy as busy:
-        _say_why_waiting(home, run, str(busy))
+    except Busy:
+        soon = " Chat gives way within about a minute." if slot.chatting(home, cards) else ""
+        _say_why_waiting(home, run, f"{slot.held_by(home, cards)}.{soon}")
         crew.ended.wait(SAVE)
         return
     begun = False

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -444,17 +445,18 @@ def test_an_ended_or_running_run_is_resumed_no_second_time(home):
 
 def test_a_held_gpu_names_its_holder_and_a_run_queues_behind_it(home):
     chat = slot.take(home, "chat")
-    with pytest.raises(Busy, match=rf"The GPU is held by chat \(process {os.getpid()}\) since \d\d:\d\d UTC\. Wait,"):
+    held = rf"The machine is held by chat \(process {os.getpid()}\) since \d\d:\d\d UTC\."
+    with pytest.raises(Busy, match=f"{held} Wait,"):
         slot.take(home, "export")
     run = ask(home, of=2)
-    until(lambda: "The GPU is held by chat" in run.status().reason)
+    until(lambda: re.fullmatch(f"{held} Chat gives way within about a minute\\.", run.status().reason))
     chat.release()
     assert ended(home, run).reason == ""
 
 
 def test_a_run_holds_the_gpu_and_is_named(home):
     run = under_way(ask(home, **LONG))
-    with pytest.raises(Busy, match=rf"The GPU is held by run {run.id} \(steps\) since"):
+    with pytest.raises(Busy, match=rf"The machine is held by run {run.id} \(steps\) since"):
         slot.take(home, "chat")
     assert slot.holder(home).run == run.id
     # The worker has a hand on it too, so that it stays held should the supervisor alone be killed.
