@@ -120,7 +120,8 @@ def test_every_part_tells_its_progress_and_its_time(exported):
     for part in ("merge", "convert", "check bf16", "check q8_0"):
         step, of = progress.steps[part][-1]
         assert step == of > 0, part
-    assert max(step for step, _ in progress.steps["quantise q4_k_m, q8_0"]) > 50
+    # The first that is done is half of it, however little the other has come by then.
+    assert max(step for step, _ in progress.steps["quantise q4_k_m, q8_0"]) >= 50
     assert any("hf-to-gguf" in line for line in progress.lines)
     for entry in result["files"]:
         assert entry["seconds"] == {work: seconds[f"{work} {entry['quant']}"] for work in ("quantise", "check")}
