@@ -1,6 +1,7 @@
 """The Chromium that draws the panel in benchmarks and tests: the machine's own, driven by Playwright.
 `python -m bench.chromium` says which, or what is missing."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ FLAGS = [
 ]
 
 
+@functools.cache
 def find() -> tuple[str | None, str]:
     """A Chromium that really runs without a screen, or None and what was found instead. Ubuntu's package is a stub
     that asks for snap, which does not run in containers."""

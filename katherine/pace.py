@@ -102,4 +102,4 @@ def _steps(run: Run, status: Status) -> list[dict[str, Any]]:
             )
         except (KeyError, TypeError, ValueError):
             continue
-    return [found[step] for step in sorted(found)][-RECENT_STEPS - 1 :]
+    return [found[step] for step in sorted(found)]
