@@ -91,7 +91,7 @@ def held_by(home: Home, names: Sequence[str]) -> str:
     """Who holds these GPUs, all of which are held, as a clause."""
     if len(names) == 1:
         return f"{_title(names[0])} is held by {_described(home, names[0])}"
-    return f"Every GPU is held: {'; '.join(f'{_title(name)} by {_described(home, name)}' for name in names)}"
+    return f"Every GPU is held: {'; '.join(f'GPU {name} by {_described(home, name)}' for name in names)}"
 
 
 def free(home: Home, names: Sequence[str]) -> list[str]:

@@ -93,11 +93,11 @@ def test_an_edit_that_is_answered_after_another_preset_was_drawn_keeps_nothing_o
     assert differing(home) == {"sft.num_train_epochs": 1}
     # It was drawn before the edit was kept, and is drawn again.
     reads(me, "sft-num_train_epochs", "1")
+    # The other fields of that drawing may come a moment later, and a person does not type within it.
+    me.page.wait_for_timeout(1000)
 
     # Another page goes back. Of this one, which has not heard of it, the one field is kept that is typed in.
     answer = hold(me, REFRESHES)
-    # A refresh that is on its way already may draw over the edit below, and none is let through to mend that.
-    me.page.wait_for_timeout(1000)
     drafts.use_preset(home, "k0")
     field(me, "sft-learning_rate").fill("2e-4")
     field(me, "sft-learning_rate").press("Tab")
