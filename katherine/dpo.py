@@ -108,7 +108,7 @@ def trainer(
         return type("Trainer", parents, {"fit": layout, "_prepare_dataset": lambda self, dataset, *_: dataset})(
             model=loaded,
             args=DPOConfig(
-                **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress, layout is not None),
+                **training.arguments(recipe, kept.folder, len(sequences.held_out), progress, layout is not None),
                 beta=recipe.beta,
                 # the reference runs without dropout, so the policy must too, or they would differ before a step is made
                 disable_dropout=True,

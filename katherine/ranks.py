@@ -2,15 +2,16 @@
 share, and the gradients are added up before the optimiser goes on, so that all hold the same weights. The first one
 leads: it reports, keeps and writes, and the others follow. Starting the others is jobs.following's.
 
-Not through torch's DistributedDataParallel, as accelerate would have it: there batches are cut by position, the last is
-filled up with repeated examples, and means over unequal numbers of tokens are averaged. The steps would no longer be
-the recipe's."""
+accelerate holds them together, so that the trainers know of each other: it forms the group and adds up. How a step is
+shared is our own. accelerate cuts batches by position, fills the last one up with repeated examples and averages means
+over unequal numbers of tokens: the steps would no longer be the recipe's."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from katherine.progress import Stopped
 
@@ -56,39 +57,35 @@ def undivided() -> Rank:
 
 @contextmanager
 def together(rank: Rank) -> Iterator[None]:
-    """Within, `total` adds up over the processes; entering waits for all of them. One that leaves by an error does not
-    wait for the others, who may be waiting for it: its process must end."""
+    """Within, accelerate knows of all processes, and a trainer that is made there belongs to them; entering waits for
+    all. One that leaves by an error does not wait for the others, who may be waiting for it: its process must end."""
     if rank.of == 1:
         yield
         return
     import torch
+    from accelerate import PartialState
 
     cuda = torch.cuda.is_available()
-
-    torch.distributed.init_process_group(
-        "nccl" if cuda else "gloo",
+    # Where accelerate looks, again when a trainer is made. The device is the process's only one, whatever its index.
+    index, of = str(rank.index), str(rank.of)
+    os.environ |= {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:0" if cuda else "cpu"
+    state = PartialState(
+        cpu=not cuda,
         init_method=f"file://{rank.meeting}",
         rank=rank.index,
         world_size=rank.of,
         timeout=PATIENCE,
     )
-    # NCCL connects and takes its memory at the first sum: now, before a training fills the card.
-    total(torch.zeros(1, device="cuda" if cuda else "cpu"))
+    # NCCL connects and takes its memory at the first exchange: now, before a training fills the card.
+    state.wait_for_everyone()
     try:
         yield
     except Stopped:
         # All stop at the same step.
-        torch.distributed.destroy_process_group()
+        state.destroy_process_group()
         raise
-    torch.distributed.destroy_process_group()
-
-
-def total(values: Any) -> Any:
-    """A tensor of this process → the sum of all processes' ones, in its place and the same in each to the last bit."""
-    import torch
-
-    torch.distributed.all_reduce(values)
-    return values
+    state.destroy_process_group()
 
 
 def share(units: Sequence[T], size: Callable[[T], int], rank: Rank) -> list[T]:

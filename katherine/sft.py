@@ -58,11 +58,11 @@ def train(dataset: Path, recipe: SftRecipe, out: Path, progress: Progress) -> di
         fit=layout,
     )
     kept = training.checkpoints_of(recipe, sequences, out, progress)
-    made = trainer(loaded, checkpoint, sequences, recipe, kept, progress, layout)
     progress.say(recipe.steps_explained(len(sequences.train) + len(sequences.held_out)))
     base = model.describe(recipe.base, checkpoint, recipe.load_in_4bit)
     with ranks.together(rank):
-        history = training.run(made, recipe, kept, base, out, progress, rank)
+        made = trainer(loaded, checkpoint, sequences, recipe, kept, progress, layout)
+        history = training.run(made, recipe, kept, base, out, progress)
     return training.summary(history, sequences)
 
 
@@ -92,7 +92,7 @@ def trainer(
         return type("Trainer", parents, {"fit": layout})(
             model=loaded,
             args=SFTConfig(
-                **training.arguments(recipe, kept.folder, bool(sequences.held_out), progress, layout is not None),
+                **training.arguments(recipe, kept.folder, len(sequences.held_out), progress, layout is not None),
                 packing=False,
                 # unsloth switches it on unless told otherwise
                 padding_free=False,

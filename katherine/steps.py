@@ -93,7 +93,8 @@ _Trainer: Any = object
 class Packed(_Trainer):
     """Put before training.Recorded and a trainer class whose batches are whole steps. Set `fit` before train().
 
-    Where memory runs out, the step is done again in a smaller layout, which holds from then on."""
+    Where memory runs out, the step is done again in a smaller layout, which holds from then on. A trainer made within
+    ranks.together shares its steps: each process reads them whole and looks at its own part."""
 
     fit: Fit
     _replay: Any = None
@@ -126,11 +127,29 @@ class Packed(_Trainer):
             self._replay = Replay(lambda batch: packed_model.hidden_states(bare, batch), parameters)
         return self._replay
 
+    @property
+    def rank(self) -> Rank:
+        return Rank(self.args.process_index, self.args.world_size)
+
+    def _get_dataloader(self, *given: Any, **named: Any) -> Any:
+        loader = super()._get_dataloader(*given, **named)
+        if self.rank.of > 1:
+            # accelerate would deal the batches out, one to each process, and repeat some where they do not go round.
+            dealt = loader.batch_sampler
+            dealt.num_processes, dealt.process_index, dealt.even_batches = 1, 0, False
+        return loader
+
+    def _wrap_model(self, model: Any, *given: Any, **named: Any) -> Any:
+        # accelerate would put DistributedDataParallel around it, which adds up what autograd's hooks bring. What a
+        # captured graph computes does not come that way: _sum adds up.
+        model._is_accelerate_prepared = True
+        return super()._wrap_model(model, *given, **named)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
         model.train()
         units: Units = inputs["units"]
-        if not self.rank.leads:
-            # A checkpoint holds the leader's random numbers alone. Ours, for the dropout, follow from the step.
+        if self.rank.of > 1:
+            # For the dropout. They follow from the step: a checkpoint holds one process's random numbers alone.
             torch.manual_seed(self.args.seed + self.rank.index + self.state.global_step * self.rank.of)
         loss = None
         while loss is None:
@@ -170,7 +189,7 @@ class Packed(_Trainer):
         said = torch.tensor([0.0, loss is None, stop, seen], device=self.args.device)
         if loss is not None:
             said[0] = loss
-        flat = ranks.total(torch.cat([*(_gradient(each) for each in trained), said]))
+        flat = self.accelerator.reduce(torch.cat([*(_gradient(each) for each in trained), said]), "sum")
         *summed, said = flat.split([*(each.numel() for each in trained), len(said)])
         value, short, stop, seen_by_all = said.tolist()
         if seen_by_all != seen * self.rank.of:
@@ -212,7 +231,7 @@ class Packed(_Trainer):
             for batch in whole.batches:
                 total += self.losses(model, batch, whole)
         if self.rank.of > 1:
-            ranks.total(total)
+            total = self.accelerator.reduce(total, "sum")
         self.done("eval", whole)
         return total, None, None
 

@@ -19,7 +19,6 @@ from katherine import model as models
 from katherine.checkpoints import Checkpoints, sync
 from katherine.errors import DataError, TemplateError, TrainingError
 from katherine.progress import Progress, Stopped
-from katherine.ranks import ALONE, Rank
 from katherine.recipe import DpoRecipe, SftRecipe
 from katherine.template import Parity
 
@@ -108,13 +107,12 @@ _Trainer: Any = object
 
 
 class Recorded(_Trainer):
-    """Put before a trainer class: class Trainer(Recorded, trl.SFTTrainer). Set `progress`, `checkpoints`, `ema` and
-    `rank` before train()."""
+    """Put before a trainer class: class Trainer(Recorded, trl.SFTTrainer). Set `progress`, `checkpoints` and `ema`
+    before train()."""
 
     progress: Progress
     checkpoints: Checkpoints
     ema: Ema | None = None
-    rank: Rank = ALONE
     stopped = False
     _tokens: Any = 0
     _seconds_before = 0.0
@@ -177,7 +175,7 @@ class Recorded(_Trainer):
         """In place of transformers' own, which writes file by file under the final name."""
         from safetensors.torch import save_file
 
-        if not self.rank.leads:
+        if not self.is_world_process_zero():
             return
         step = self.state.global_step
         with self.checkpoints.writing(step) as folder:
@@ -222,10 +220,10 @@ def _memory_gib() -> float:
 
 
 def arguments(
-    recipe: SftRecipe | DpoRecipe, folder: Path, evaluates: bool, progress: Progress, fitted: bool = False
+    recipe: SftRecipe | DpoRecipe, folder: Path, held_out: int, progress: Progress, fitted: bool = False
 ) -> dict[str, Any]:
-    """The recipe in the words of transformers' TrainingArguments, for both of TRL's configs. fitted: the trainer is
-    given whole steps, and cuts, recomputes and narrows by itself."""
+    """The recipe in the words of transformers' TrainingArguments, for both of TRL's configs. held_out: examples to
+    evaluate. fitted: the trainer is given whole steps, and cuts, recomputes and narrows by itself."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -238,7 +236,8 @@ def arguments(
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch,
+        # All at once: each learned token counts alike, and the mean over batches is no other for several processes.
+        "per_device_eval_batch_size": max(held_out, 1) if fitted else batch,
         "gradient_accumulation_steps": 1 if fitted else recipe.gradient_accumulation_steps,
         "num_train_epochs": recipe.num_train_epochs,
         "learning_rate": recipe.learning_rate,
@@ -261,7 +260,7 @@ def arguments(
         "logging_nan_inf_filter": False,
         "save_strategy": "steps",
         "save_steps": recipe.save_steps,
-        "eval_strategy": "epoch" if evaluates else "no",
+        "eval_strategy": "epoch" if held_out else "no",
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
@@ -296,18 +295,18 @@ def run(
     base: adapters.Base,
     out: Path,
     progress: Progress,
-    rank: Rank = ALONE,
 ) -> list[dict[str, Any]]:
-    """Trains from the newest sound checkpoint, or from the start, and writes out/adapter if it leads. Returns the
-    logged rows, those of earlier attempts included.
+    """Trains from the newest sound checkpoint, or from the start, and writes out/adapter if it is the first of its
+    processes. Returns the logged rows, those of earlier attempts included.
 
     Raises Stopped once a requested stop has been checkpointed, TrainingError for a loss that diverged.
     """
     from transformers import PrinterCallback
 
-    trainer.progress, trainer.checkpoints, trainer.rank = progress, kept, rank
+    trainer.progress, trainer.checkpoints = progress, kept
     trainer.ema = Ema(trainer.model, recipe.ema_decay) if recipe.ema_decay else None
-    newest = kept.newest(tidy=rank.leads)
+    leads = trainer.is_world_process_zero()
+    newest = kept.newest(tidy=leads)
     if newest:
         progress.say(f"Resuming from {newest.name}.")
     progress.phase("train")
@@ -316,7 +315,7 @@ def run(
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     if trainer.stopped:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, and kept")
-    if not rank.leads:
+    if not leads:
         return trainer.state.log_history
 
     progress.phase("save")

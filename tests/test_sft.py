@@ -281,7 +281,7 @@ def test_the_log_says_what_the_base_would_have_added_and_who_reads_otherwise(tin
 def test_eight_bit_adamw_is_replaced_on_a_cpu_and_said(tiny_llama, tmp_path):
     told = Told()
     wanted = tiny_recipe(tiny_llama, optim="adamw_8bit")
-    assert training.arguments(wanted, tmp_path, False, told)["optim"] == "adamw_torch"
+    assert training.arguments(wanted, tmp_path, 0, told)["optim"] == "adamw_torch"
     assert told.lines == ["optim is adamw_torch here: adamw_8bit needs CUDA."]
 
 
