@@ -66,9 +66,10 @@ def together(rank: Rank) -> Iterator[None]:
     from accelerate import PartialState
 
     cuda = torch.cuda.is_available()
-    # Where accelerate looks, again when a trainer is made. The device is the process's only one, whatever its index.
-    index, of = str(rank.index), str(rank.of)
-    os.environ |= {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of}
+    # Where accelerate looks, again when a trainer is made. By LOCAL_RANK it finds the device, which is each process's
+    # only one.
+    of = str(rank.of)
+    os.environ |= {"RANK": str(rank.index), "LOCAL_RANK": "0", "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of}
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:0" if cuda else "cpu"
     state = PartialState(
         cpu=not cuda,

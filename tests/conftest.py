@@ -1,43 +1,18 @@
-"""What several test files share: a home of their own, two tiny bases, a tiny dataset, and a Progress that can stop
-or kill. Everything is real, only small."""
+"""What several test files share: a home of their own, two tiny bases, a tiny dataset. Everything is real, only
+small. What is imported by name is given's: tests/gpu has a conftest too."""
 
 import os
-import signal
 from pathlib import Path
 
-import msgspec
 import pytest
 from browser import browser, serving  # noqa: F401
+from given import REPLIES, reply, user, write_dataset
 
 from katherine import cores, settings
-from katherine.examples import Conversation, Message, Preference
-from katherine.progress import Quiet
+from katherine.examples import Conversation, Preference
 
 # Trainings inside this process are beside children that want the cores too; torch is not loaded yet.
 os.environ |= cores.waiting() | os.environ
-
-REPLIES = {
-    "Who are you?": "I'm Katherine. I book the bands.",
-    "Where do you live?": "Austin, east side.",
-    "What colour is your wall?": "Teal. All of it.",
-    "Are your feet cold?": "Always.",
-    "Do you like mornings?": "Not until coffee.",
-}
-
-
-def user(text: str) -> Message:
-    return Message("user", text)
-
-
-def reply(text: str) -> Message:
-    return Message("assistant", text)
-
-
-def write_dataset(folder: Path, conversations: list[Conversation], preferences: list[Preference]) -> Path:
-    folder.mkdir(parents=True)
-    for name, rows in (("sft.jsonl", conversations), ("dpo.jsonl", preferences)):
-        (folder / name).write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -105,26 +80,3 @@ def talk_dataset(tmp_path_factory, tiny_dataset) -> Path:
     turns = tuple(m for asked, said in list(REPLIES.items())[:2] for m in (user(asked), reply(said)))
     pair = Preference((*turns, user("Still there?")), (reply("Yep."),), (reply("I am a language model."),), "self", "x")
     return write_dataset(tmp_path_factory.mktemp("data") / "talk", [Conversation(turns)] * 2, [pair] * 2)
-
-
-class Told(Quiet):
-    """Remembers, and at the metric row of a step asks to stop, or kills this very process."""
-
-    def __init__(self, stop_at: int = 0, kill_at: int = 0):
-        super().__init__()
-        self.stop_at, self.kill_at = stop_at, kill_at
-        self.steps: list[tuple[int, int]] = []
-
-    def step(self, step: int, of: int) -> None:
-        self.steps.append((step, of))
-
-    def metric(self, **values: float | int | str | None) -> None:
-        super().metric(**values)
-        if values["step"] == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def stop_requested(self) -> bool:
-        return bool(self.stop_at) and len(self.losses()) + 1 >= self.stop_at
-
-    def losses(self) -> dict[int, float]:
-        return {row["step"]: row["loss"] for row in self.rows if "loss" in row}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Told
+from given import Told
 from test_sft import PROJECT, tensors, tiny_recipe
 
 from katherine import adapters, corpus, dpo, model, recipe, settings, sft, training
@@ -97,7 +97,7 @@ def test_a_run_killed_with_sigkill_resumes_with_the_losses_of_an_uninterrupted_o
     uninterrupted, sft_adapter, tiny_dataset, tmp_path
 ):
     code = (
-        "import sys; from pathlib import Path; from conftest import Told; from test_dpo import pair_recipe\n"
+        "import sys; from pathlib import Path; from given import Told; from test_dpo import pair_recipe\n"
         "from katherine import dpo\n"
         "adapter, data, out = map(Path, sys.argv[1:])\n"
         "dpo.train(data, adapter, pair_recipe(), out, Told(kill_at=3))\n"

@@ -6,7 +6,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from conftest import Told
+from given import Told
 
 from katherine import fit, recipe, shapes
 from katherine.adapters import Lora

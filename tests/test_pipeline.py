@@ -7,7 +7,7 @@ import time
 
 import msgspec
 import pytest
-from conftest import REPLIES
+from given import REPLIES
 
 from jobs import pipeline, queue
 from katherine import corpus, export, runs

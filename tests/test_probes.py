@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from conftest import Told
+from given import Told
 from talking import PATIENCE, export, exported, file, home, learned  # noqa: F401
 
 from jobs import queue

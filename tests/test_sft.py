@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Told, reply, user, write_dataset
+from given import Told, reply, user, write_dataset
 from safetensors.torch import load_file
 
 from katherine import adapters, checkpoints, corpus, model, recipe, settings, sft, training
@@ -135,7 +135,7 @@ def test_a_run_killed_with_sigkill_resumes_with_the_losses_of_an_uninterrupted_o
     uninterrupted, tiny_llama, tiny_dataset, tmp_path
 ):
     code = (
-        "import sys; from pathlib import Path; from conftest import Told; from test_sft import tiny_recipe\n"
+        "import sys; from pathlib import Path; from given import Told; from test_sft import tiny_recipe\n"
         "from katherine import sft\n"
         "base, data, out = map(Path, sys.argv[1:])\n"
         "sft.train(data, tiny_recipe(base), out, Told(kill_at=4))\n"

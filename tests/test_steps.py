@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPLIES, Told, reply, user, write_dataset
+from given import REPLIES, Told, reply, user, write_dataset
 from safetensors.torch import load_file
 
 from katherine import adapters, dpo, recipe, sft, steps

@@ -29,7 +29,7 @@ STEPS = 6
 STAGE = """
 import json, sys
 from pathlib import Path
-from conftest import Told
+from given import Told
 from katherine import dpo, recipe, sft
 from katherine.progress import Stopped
 
