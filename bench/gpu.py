@@ -220,8 +220,8 @@ torch.cuda.synchronize(); print(20 * 2 * 8192**3 / (time.monotonic() - began))
 
 
 def share(figures: dict[str, Any], parameters: int, reached: float) -> float:
-    """Of the time that the settled steps took, that which the arithmetic alone would take."""
-    return FLOPS * parameters * figures["tokens_per_second"] / reached
+    """Of the time that the settled steps took, that which the arithmetic alone would take on as many GPUs."""
+    return FLOPS * parameters * figures["tokens_per_second"] / (reached * figures.get("gpus", 1))
 
 
 def table(report: dict[str, Any]) -> str:

@@ -33,6 +33,12 @@ def test_the_median_leaves_out_steps_in_which_kernels_were_tuned():
     assert gpu.steps_of(rows(2.0, 1.0))["median"] == pytest.approx(1.5), "with few steps all count"
 
 
+def test_the_arithmetic_of_several_gpus_is_held_against_as_many():
+    alone = gpu.share({"tokens_per_second": 1000}, 1_000_000, 1e10)
+    assert alone == pytest.approx(0.4)
+    assert gpu.share({"tokens_per_second": 1000, "gpus": 2}, 1_000_000, 1e10) == pytest.approx(alone / 2)
+
+
 def test_the_table_holds_ways_against_the_first_and_says_what_failed():
     slow, fast = (
         gpu.steps_of(rows(9.0, *[each] * 9)) | {"load": 20.0, "share": 0.25, "lines": []} for each in (1.0, 0.25)
