@@ -447,7 +447,8 @@ def test_a_pod_of_two_cards_costs_twice_an_hour(home, monkeypatch):
     here = estimate.plan(home, draft(home, "k0")).estimates[0]
     shared = here.stages["sft"].parts["steps"]
     assert one.value / 2 < shared.value < one.value and "two H200s that share the steps" in shared.basis
-    assert shared.value / one.value == pytest.approx(0.244 / 0.339, rel=0.05)
+    # On two hosts.
+    assert 0.244 / 0.339 <= shared.value / one.value <= 0.266 / 0.348
     monkeypatch.setattr(gpu, "usable", lambda: ("0", "1", "2"))
     three = estimate.plan(home, draft(home, "k0")).estimates[0].stages["sft"].parts["steps"]
     assert one.value / 3 < three.value < shared.value and "never timed" in three.basis
