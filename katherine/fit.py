@@ -32,7 +32,7 @@ HEAD_BYTES = 12
 CAPTURE_FACTOR = 2.1
 # What CUDA itself, the allocator's rounding and the vision tower (0.9 GiB) take.
 BESIDE = 2.0 * 2**30
-# What NCCL keeps for the sums of several processes, and the gradients end to end; a guess, never measured.
+# What NCCL keeps for the sums of several processes; a guess, never measured.
 NCCL = 1.0 * 2**30
 # Fewer tokens than this at once leave a large GPU idle between kernels; with fewer, recomputing is the better way out.
 ENOUGH = 2048
@@ -159,7 +159,9 @@ def choose(
         )
     logits = head_logits(card.memory_total)
     free = card.memory_total - (card.memory_used or 0)
-    beside = BESIDE + (NCCL if processes > 1 else 0)
+    # The gradients end to end and their sum, beside a captured graph's own.
+    summed = NCCL + shape.adapter(lora.r, lora.target_modules) * shapes.GRADIENT
+    beside = BESIDE + (summed if processes > 1 else 0)
     room = free - beside - static_bytes(recipe, shape, lora, four_bit) - logits * HEAD_BYTES
     tokens, recomputed, captured = layout(room, shape, whole, longest)
     coarse = 512 if whole >= 2048 else 128

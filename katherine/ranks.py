@@ -3,8 +3,8 @@ share, and the gradients are added up before the optimiser goes on, so that all 
 leads: it reports, keeps and writes, and the others follow. Starting the others is jobs.following's.
 
 accelerate holds them together, so that the trainers know of each other: it forms the group and adds up. How a step is
-shared is our own. accelerate cuts batches by position, fills the last one up with repeated examples and averages means
-over unequal numbers of tokens: the steps would no longer be the recipe's."""
+shared is our own. accelerate deals batches out, fills the last ones up with repeated examples and averages means over
+unequal numbers of tokens: the steps would no longer be the recipe's."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -66,11 +66,11 @@ def together(rank: Rank) -> Iterator[None]:
     from accelerate import PartialState
 
     cuda = torch.cuda.is_available()
-    # Where accelerate looks, again when a trainer is made. By LOCAL_RANK it finds the device, which is each process's
-    # only one.
+    # Where accelerate looks, again when a trainer is made. LOCAL_RANK counts devices, of which each process sees one. A
+    # processor it would call cpu:0, which torch.load does not know.
     of = str(rank.of)
-    os.environ |= {"RANK": str(rank.index), "LOCAL_RANK": "0", "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of}
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cuda:0" if cuda else "cpu"
+    told = {"RANK": str(rank.index), "LOCAL_RANK": "0", "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of}
+    os.environ |= told | {"ACCELERATE_TORCH_DEVICE": "cuda:0" if cuda else "cpu"}
     state = PartialState(
         cpu=not cuda,
         init_method=f"file://{rank.meeting}",

@@ -189,7 +189,11 @@ class Packed(_Trainer):
         said = torch.tensor([0.0, loss is None, stop, seen], device=self.args.device)
         if loss is not None:
             said[0] = loss
-        flat = self.accelerator.reduce(torch.cat([*(_gradient(each) for each in trained), said]), "sum")
+        flat = torch.cat([*(_gradient(each) for each in trained), said])
+        # accelerate adds up in a copy: the card must not hold the gradients a third time.
+        for parameter in trained:
+            parameter.grad = None
+        flat = self.accelerator.reduce(flat, "sum")
         *summed, said = flat.split([*(each.numel() for each in trained), len(said)])
         value, short, stop, seen_by_all = said.tolist()
         if seen_by_all != seen * self.rank.of:

@@ -81,7 +81,8 @@ _REACHED_FITTED = (0.39, 0.45, 0.28)
 # one by one and again (0.95 to 1.2). What DPO makes of pairs is half as much again.
 _LAUNCH_FITTED = {"captured": (0.12, 0.08, 0.25), "kept": (0.55, 0.41, 0.8), "recomputed": (1.05, 0.9, 1.5)}
 # Of a step that two GPUs share, a half took 1.44 and 1.53 times as long as half of one's step (0.244 of 0.339 s, 0.266
-# of 0.348): what each does alone, whatever its share, the captured launches among it. More than two were never timed.
+# of 0.348): what each does alone, whatever its share. With the launches, reckoned beside, a step comes out in between.
+# More than two were never timed.
 _UNSHARED = 0.44
 # GiB of a micro-batch's activations by padded token: what 16 rows more cost (10.2 - 9.6 to 10.6 - 9.6 GiB, 3,200
 # tokens), and without checkpointing 57.5 - 9.6 GiB at 16 rows, 107.9 - 10.6 at 32.

@@ -169,10 +169,11 @@ def test_two_processes_make_the_steps_of_one(home, base, request):
     assert two.followers() == []
 
 
-def test_a_stop_keeps_the_step_that_both_made_and_one_process_may_go_on(home, tiny_llama):
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_stop_keeps_the_step_that_all_made_and_as_many_as_there_are_go_on(home, tiny_llama, first, then):
     whole = carried_out(home, asked(home, tiny_llama, num_train_epochs=20, save_steps=50), 1)
     run = asked(home, tiny_llama, num_train_epochs=20, save_steps=50)
-    with begun(home, run, 2, SLOWLY) as worker:
+    with begun(home, run, first, SLOWLY) as worker:
         until(lambda: len(worker.losses()) >= 2)
         queue.control(run).write_text("keep")
         assert worker.wait() == {"end": "stopped"}, worker.log.read_text()
@@ -181,7 +182,7 @@ def test_a_stop_keeps_the_step_that_both_made_and_one_process_may_go_on(home, ti
     assert made < 40 and (run.out / "checkpoints" / f"checkpoint-{made}").is_dir()
     assert not (run.out / "adapter").exists()
     queue.control(run).unlink()
-    resumed = carried_out(home, run, 1)
+    resumed = carried_out(home, run, then)
     assert resumed.losses() == pytest.approx(whole.losses(), rel=5e-3, abs=2e-3)
 
 
