@@ -9,6 +9,9 @@ from typing import Any
 from katherine.settings import PROJECT
 
 PICTURES = Path(os.environ.get("KATHERINE_SCREENSHOTS") or PROJECT / "screenshots")
+# Seconds until the longest of the demo's runs has ended: two minutes are usual; a machine half as fast that runs two
+# files of tests at once was seen to need more than 400.
+WHOLE_RUN = 1500
 WIDE, PHONE = {"width": 1440, "height": 1000}, {"width": 390, "height": 844}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from browser import Served
 from hub_stand_in import Hub, HubStandIn
-from people import PHONE, Person, until
+from people import PHONE, WHOLE_RUN, Person, until
 
 from jobs import pipeline, queue
 from katherine import approval, audit, bases, corpus, probesets, publish, recipe, reviews, runs, settings
@@ -63,7 +63,7 @@ def home(tmp_path: Path) -> Home:
     dataset = corpus.prepare(files, made, template=template, base=bases.SMALL, name="sample")
     asked = recipe.preset("demo", recipe.SftRecipe).model_dump(mode="json")
     (sft,) = pipeline.start(made, dataset.id, asked, None, None, "test")
-    assert queue.wait(made, sft.id, timeout=400).state is State.succeeded, sft.status()
+    assert queue.wait(made, sft.id, timeout=WHOLE_RUN).state is State.succeeded, sft.status()
     return made
 
 
@@ -131,7 +131,7 @@ def test_what_was_trained_is_judged_blind_approved_and_pushed(people, panel, hom
     export = until(
         lambda: next((run for run in runs.everyone(home) if run.record.kind == "export"), None), 20, "no export began"
     )
-    assert queue.wait(home, export.id, timeout=400).state is State.succeeded, export.status()
+    assert queue.wait(home, export.id, timeout=WHOLE_RUN).state is State.succeeded, export.status()
     manifest = json.loads((export.out / "gguf" / "manifest.json").read_bytes())
     me.sees("3 of 3 files accepted")
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from people import PHONE, Person, until
+from people import PHONE, WHOLE_RUN, Person, until
 
 from bench import past
 from jobs import queue
@@ -184,11 +184,11 @@ def test_an_operator_takes_files_to_a_finished_export_while_the_panel_is_killed(
     phone.sees(sft.id)
     phone.picture("train-phone-dark")
 
-    until(lambda: dpo.status().step >= 3, 300, f"DPO did not begin: {sft.status()}")
+    until(lambda: dpo.status().step >= 3, WHOLE_RUN, f"DPO did not begin: {sft.status()}")
     me.sees(dpo.id)
     me.picture("train-dpo")
     for run in (sft, dpo, export):
-        assert queue.wait(home, run.id, timeout=400).state is State.succeeded, run.status()
+        assert queue.wait(home, run.id, timeout=WHOLE_RUN).state is State.succeeded, run.status()
 
     # What came of it, and one file taken home.
     me.open("export")
